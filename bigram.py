@@ -1,0 +1,452 @@
+"""A bigram language model: the smallest program that learns to write.
+
+It guesses the next character from the current one alone, by looking it up in a table of 65 x 65
+numbers. The table is a poor writer, but all that stands around it is the real thing: text turned
+into numbers, batches, a loss, gradient descent, a test on text held back, and sampling. char_gpt.py
+keeps all of that and puts a transformer in the table's place.
+
+    python bigram.py                        # a few seconds on any machine
+    python bigram.py --data my_text.txt     # learn from another text
+    python bigram.py --help                 # every setting
+
+On Tiny Shakespeare the loss falls from 4.17 to 2.48, and the babble begins to look like words.
+Read next: char_gpt.py; `diff bigram.py char_gpt.py` shows what a transformer adds.
+"""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy"]
+# ///
+
+import argparse
+import hashlib
+import http.client
+import inspect
+import math
+import os
+import re
+import sys
+import tempfile
+import textwrap
+import time
+import urllib.request
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class BigramConfig:
+    """Every setting. Each is also a flag, as in `--max_iters 100`, except that the text itself
+    decides vocab_size."""
+
+    vocab_size: int = 65  # how many different characters there are
+    data: str = ""  # text file to learn from (UTF-8); if none is named, Tiny Shakespeare
+    offline: bool = False  # never fetch Tiny Shakespeare from the network
+    out: str = "out/bigram.pt"  # where to save the checkpoint, from which sample.py speaks
+    seed: int = 1337  # the same seed gives the same run
+    batch_size: int = 32  # sequences in a batch
+    block_size: int = 256  # characters in a sequence
+    max_iters: int = 300  # training steps, one batch each
+    eval_interval: int = 100  # training steps between evaluations
+    learning_rate: float = 0.3  # size of the first step; later ones shrink to zero
+
+    def __post_init__(self):
+        check_numbers(self, may_be_zero={"seed"})
+
+
+# ---------------------------------------------------------------------------------------------
+# Text, tokens, batches
+
+
+class CharTokenizer:
+    """Turns text into integers and back. Each distinct character of `text` is a token, and its
+    place in sorted order is its number. The set of tokens is the vocabulary."""
+
+    def __init__(self, text):
+        self.chars = sorted(set(text))
+        self.vocab_size = len(self.chars)
+        self.number = {char: i for i, char in enumerate(self.chars)}
+
+    def encode(self, text):
+        """Text to a list of integers. Raises ValueError for a character outside the vocabulary."""
+        try:
+            return [self.number[char] for char in text]
+        except KeyError as error:
+            raise ValueError(
+                f"the character {error} is not in the vocabulary: {''.join(self.chars)!r}"
+            ) from None
+
+    def decode(self, ids):
+        """Integers to text."""
+        return "".join(self.chars[i] for i in ids)
+
+
+def split_text(text):
+    """The first 90% of the text to train on, and the last 10% to validate: a model that has merely
+    learned its text by heart does badly on text that it has never seen."""
+    n = int(0.9 * len(text))
+    return text[:n], text[n:]
+
+
+def get_batch(data, config, step):
+    """Returns inputs x and targets y, both (batch_size, block_size).
+
+    Each row of x is a stretch of the text that starts at a random place, and y is the same stretch
+    one token later: y[b, t] is what follows x[b, t], the right answer at that place. The batch
+    depends on (seed, step) alone, so that a run can be repeated, or continued where it stopped.
+    """
+    rng = np.random.default_rng((config.seed, step))
+    starts = rng.integers(len(data) - config.block_size, size=(config.batch_size, 1))
+    window = torch.from_numpy(starts + np.arange(config.block_size + 1))  # (B, T + 1) places
+    tokens = data[window.to(data.device)]  # (B, T + 1)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+# ---------------------------------------------------------------------------------------------
+# Model
+
+
+def cross_entropy(logits, targets):
+    """How surprised the model is by what really comes next, as one number: the loss.
+
+    logits (..., vocab_size) are scores, one for each token that might come next. Softmax makes them
+    probabilities: exp(score), divided by the sum of all exp(score). The loss is -log of the
+    probability given to the right token, averaged over all of targets (...). A sure and right guess
+    costs 0; an even guess among 65 costs ln(65) = 4.17; a sure and wrong one costs without bound.
+    """
+    log_probs = logits - logits.logsumexp(dim=-1, keepdim=True)  # log of the softmax
+    return -log_probs.gather(-1, targets.unsqueeze(-1)).mean()  # the right token's, from each row
+
+
+class BigramLanguageModel(nn.Module):
+    """A table: row i holds the scores of every token that may follow token i."""
+
+    block_size = 1  # how many tokens it looks back at: only the last
+
+    def __init__(self, config):
+        super().__init__()
+        self.table = nn.Embedding(config.vocab_size, config.vocab_size)
+        nn.init.zeros_(self.table.weight)  # equal scores: to begin with, every token is as likely
+
+    def forward(self, idx, targets=None):
+        """Token numbers idx (B, T) to logits (B, T, vocab_size), and the loss if targets (B, T) are
+        given (else None)."""
+        logits = self.table(idx)  # (B, T, vocab_size): each token's row of the table
+        loss = None if targets is None else cross_entropy(logits, targets)
+        return logits, loss
+
+
+def count_bigrams(data, config, add=0):
+    """The best bigram model that there is, without any training: how often each token follows
+    each other one. The table holds the logs of these counts, because softmax undoes the log.
+    Adding one to each count keeps a pair that was never seen from being thought impossible."""
+    V = config.vocab_size
+    counts = torch.bincount(data[:-1] * V + data[1:], minlength=V * V).view(V, V)
+    model = BigramLanguageModel(config)
+    model.table.weight.data = (counts + add).float().log()
+    return model
+
+
+# ---------------------------------------------------------------------------------------------
+# Generation
+
+
+def draw(logits):
+    """Pick a token at random, each as often as its probability says: (B, vocab_size) to (B, 1)."""
+    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+
+
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, choose=draw):
+    """Continue each row of idx (B, T): guess the next token, append the guess, guess again.
+
+    Yields each column of new tokens (B, 1) as it is chosen, so that the text can be watched as it
+    grows. `choose` turns the scores for the next token (B, vocab_size) into that token (B, 1).
+    """
+    model.eval()
+    for _ in range(max_new_tokens):
+        logits, _ = model(idx[:, -model.block_size :])  # (B, T, vocab_size)
+        idx_next = choose(logits[:, -1, :])  # only the last position speaks of what is to come
+        idx = torch.cat((idx, idx_next), dim=1)  # (B, T + 1)
+        yield idx_next
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(model, data, config):
+    """The mean loss over all of data, cut into windows of block_size tokens, side by side. (A few
+    random windows would be quicker, but would give another number each time.)"""
+    model.eval()
+    T, B = config.block_size, config.batch_size
+    n = (len(data) - 1) // T * T  # the tokens that fill whole windows
+    batches = [
+        *zip(data[:n].view(-1, T).split(B), data[1 : n + 1].view(-1, T).split(B)),
+        (data[None, n:-1], data[None, n + 1 :]),  # the rest, as one shorter window
+    ]
+    total = 0.0
+    for x, y in batches:
+        if y.numel() > 0:
+            _, loss = model(x, y)
+            total += loss.item() * y.numel()
+    model.train()
+    return total / (len(data) - 1)
+
+
+def bits_per_byte(loss, data, tokenizer):
+    """The loss in a unit that is the same for every vocabulary, to compare models by: from nats per
+    token to bits (1 bit = ln 2 nats) per byte of the text behind the tokens."""
+    n_bytes = len(tokenizer.decode(data.tolist()).encode("utf-8"))
+    return loss / math.log(2) * len(data) / n_bytes
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def train(model, tokenizer, train_data, val_data, config):
+    """Gradient descent: ask how the loss of one batch changes with each number in the table (the
+    gradient), move every number a little the way that lowers the loss, and do it again.
+    Returns the history: [step, training loss, validation loss] at each evaluation."""
+    # Rare characters have tiny gradients, and plain gradient descent would hardly move their rows.
+    # Adam (Kingma & Ba 2015) divides the step of each number by the usual size of its gradient.
+    optimizer = torch.optim.Adam(model.parameters())
+    history, losses, started = [], [], time.time()
+    for step in range(config.max_iters):
+        for group in optimizer.param_groups:  # large steps to get near, ever smaller ones to settle
+            group["lr"] = config.learning_rate * (1 - step / config.max_iters)
+        x, y = get_batch(train_data, config, step)
+        logits, loss = model(x, y)
+        optimizer.zero_grad()
+        loss.backward()  # compute the gradient
+        optimizer.step()  # take the step
+        losses.append(loss.item())
+
+        done = step + 1
+        print_progress(done, done, loss.item(), started, config)
+        if done % config.eval_interval == 0 or done == config.max_iters:
+            history.append([done, sum(losses) / len(losses), evaluate(model, val_data, config)])
+            losses = []
+            print_evaluation(history, model, tokenizer, val_data, config)
+    return history
+
+
+def print_evaluation(history, model, tokenizer, val_data, config):
+    """The losses of the latest evaluation, and what the model writes by now."""
+    step, train_loss, val_loss = history[-1]
+    bits = bits_per_byte(val_loss, val_data, tokenizer)
+    torch.manual_seed(config.seed)
+    start = torch.zeros((1, 1), dtype=torch.long, device=val_data.device)  # token 0: the line break
+    ids = [column.item() for column in generate(model, start, max_new_tokens=120)]
+    print(
+        f"{CLEAR_LINE}step {step}/{config.max_iters}: training loss {train_loss:.4f}, "
+        f"validation loss {val_loss:.4f} ({bits:.3f} bits per byte)\n"
+        + textwrap.indent(tokenizer.decode(ids).strip(), "    | ", lambda line: True)
+    )
+
+
+def print_progress(step, steps_here, loss, started, config):
+    """One line, written over and over: how far it is, how fast, and how long it will take yet."""
+    if sys.stdout.isatty():
+        seconds = (time.time() - started) / steps_here  # per step
+        print(
+            f"{CLEAR_LINE}step {step}/{config.max_iters}: loss {loss:.3f}, "
+            f"{config.batch_size * config.block_size / seconds:,.0f} tokens/s, "
+            f"{duration((config.max_iters - step) * seconds)} to go",
+            end="",
+            flush=True,
+        )
+
+
+def duration(seconds):
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+DATA = Path(__file__).resolve().parent / "data"
+SHAKESPEARE = DATA / "tinyshakespeare.txt"  # 1 MB of the plays, put together by Andrej Karpathy
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHIPPED_PLAY = DATA / "the-glass-harbour.txt"
+
+
+def load_text(config):
+    """The text to learn from: the file named by --data, or else Tiny Shakespeare, fetched once, or
+    else the play that comes with these scripts. Raises ValueError where the file is of no use."""
+    path = Path(config.data) if config.data else find_shakespeare(config)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}): convert it") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}): name a text by --data") from None
+    train_text, val_text = split_text(text)
+    if len(set(text)) < 2 or len(train_text) <= config.block_size or len(val_text) < 2:
+        raise ValueError(
+            f"{path} is too short ({len(text):,} characters, {len(set(text))} distinct): it takes "
+            f"at least 2 distinct ones, and more than --block_size in its first 90%"
+        )
+    print(f"text: {path.name}, {len(text):,} characters, {len(set(text))} distinct")
+    return text
+
+
+def find_shakespeare(config):
+    """The path of Tiny Shakespeare, downloaded if need be, or else of the play shipped here."""
+    if SHAKESPEARE.exists():
+        if hashlib.sha256(SHAKESPEARE.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
+            raise ValueError(f"{SHAKESPEARE} is damaged: delete it, to have it fetched again")
+        return SHAKESPEARE
+    try:
+        if config.offline:
+            raise OSError("--offline was given")
+        download(SHAKESPEARE_URL, SHAKESPEARE, 1_115_394, SHAKESPEARE_SHA256)
+        return SHAKESPEARE
+    except (OSError, http.client.HTTPException) as error:
+        print(f"no Tiny Shakespeare ({error}): using a shorter play, written for these scripts")
+        return SHIPPED_PLAY
+
+
+def download(url, path, size, sha256):
+    """Fetch url to path. The file gets its name only when its size and SHA-256 are right, so a bad
+    or partial one is never used. Raises OSError or HTTPException."""
+    part = path.with_name(path.name + ".part")
+    digest = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response, open(part, "wb") as file:
+            while file.tell() <= size and (chunk := response.read(1 << 16)):
+                file.write(chunk)
+                digest.update(chunk)
+                print(f"{CLEAR_LINE}{path.name}: {file.tell():,} of {size:,} bytes", end="")
+            print(CLEAR_LINE, end="")
+            if file.tell() != size or digest.hexdigest() != sha256:
+                raise OSError(f"{url} sent something else")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_writable(path):
+    """Find out before training, not after it, that the checkpoint cannot be saved."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(f"cannot write --out {path} ({error.strerror}): name another") from None
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a directory: name a file in it")
+
+
+def save_checkpoint(path, checkpoint):
+    """Write to another name, then rename: at any moment the old file or the new one is whole."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+
+CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""
+
+
+def fail(message):
+    """A mistake that the user can mend ends in one line on standard error, and exit status 2."""
+    print(f"{CLEAR_LINE}error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_numbers(config, may_be_zero):
+    """Raise ValueError for a setting that is not above zero (or at zero, where it may be)."""
+    for name, value in vars(config).items():
+        if type(value) in (int, float):
+            if not (0 < value < 2**31 or value == 0 and name in may_be_zero):
+                least = "0 or more" if name in may_be_zero else "above 0"
+                raise ValueError(f"--{name} must be {least} and below 2**31; it is {value}")
+
+
+def parse_flags(Config):
+    """A flag for each field of Config, explained by the comment beside the field. Returns a dict of
+    those that were given."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.error = fail
+    comments = dict(re.findall(r"^    (\w+): .* # (.*)", inspect.getsource(Config), re.MULTILINE))
+    for field in fields(Config):
+        if field.name == "vocab_size":
+            continue
+        text = f"{comments[field.name]} [{field.default}]"
+        if field.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": field.type, "metavar": field.type.__name__}
+        parser.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **how)
+    return vars(parser.parse_args())
+
+
+def main():
+    config = BigramConfig(**parse_flags(BigramConfig))
+    check_writable(config.out)
+
+    text = load_text(config)
+    tokenizer = CharTokenizer(text)
+    config.vocab_size = tokenizer.vocab_size
+    train_data, val_data = [torch.tensor(tokenizer.encode(part)) for part in split_text(text)]
+    model = BigramLanguageModel(config)
+    n_params = sum(p.numel() for p in model.parameters())
+    n_tokens = config.batch_size * config.block_size
+    print(
+        f"model: bigram table, {n_params:,} parameters, on cpu in float32\n"
+        f"plan: {config.max_iters:,} steps of {n_tokens:,} tokens, a few seconds in all\n"
+        f"before training: validation loss {evaluate(model, val_data, config):.4f}; "
+        f"an even guess costs ln({tokenizer.vocab_size}) = {math.log(tokenizer.vocab_size):.4f}"
+    )
+
+    history = train(model, tokenizer, train_data, val_data, config)
+
+    learned = [evaluate(model, data, config) for data in (train_data, val_data)]
+    counts = count_bigrams(train_data, config)
+    counts_plus_one = count_bigrams(train_data, config, add=1)
+    best = evaluate(counts, train_data, config), evaluate(counts_plus_one, val_data, config)
+    save_checkpoint(
+        config.out,
+        {
+            "script": "bigram",
+            "config": asdict(config),
+            "vocab": "".join(tokenizer.chars),
+            "model": model.state_dict(),
+            "history": history,
+        },
+    )
+    print(
+        f"table learned step by step: training loss {learned[0]:.4f}, validation {learned[1]:.4f}\n"
+        f"best table, from counting:  training loss {best[0]:.4f}, validation {best[1]:.4f}\n"
+        f"saved {config.out}; to sample from it: python sample.py {config.out}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted")
+    except (OSError, ValueError) as error:
+        fail(error)

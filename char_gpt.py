@@ -1,0 +1,723 @@
+"""A GPT on characters: the transformer of GPT-2, small enough to train on Shakespeare at home.
+
+bigram.py guesses the next character from the last one alone. Here a model looks back at up to 256
+characters and learns by itself which of them matter. Text, batches, sampling and evaluation are
+word for word those of bigram.py; the model is new, and so is the care taken in training it.
+
+    python char_gpt.py                 # a GPU: the full model. A CPU: a small one, in 3 minutes
+    python char_gpt.py --full          # the full model on a CPU too, in an hour
+    python char_gpt.py --resume        # go on with a run that was stopped
+    python char_gpt.py --help          # every setting
+
+On Tiny Shakespeare the loss falls from 4.2 to 1.55 (the small model), where the bigram table ends
+at 2.49: names, lines and most words come out right.
+Read next: sample.py, which lets the trained models speak.
+"""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy"]
+# ///
+
+import argparse
+import copy
+import hashlib
+import http.client
+import importlib.util
+import inspect
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+import urllib.request
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class GPTConfig:
+    """Every setting. Each is also a flag, as in `--max_iters 100`, except that the text itself
+    decides vocab_size."""
+
+    vocab_size: int = 65  # how many different characters there are
+    n_layer: int = 6  # blocks, one after the other
+    n_head: int = 6  # attention heads in a block
+    n_embd: int = 384  # numbers that stand for one character on its way through the blocks
+    dropout: float = 0.25  # share of those numbers set to zero at random in training
+    fused: bool = True  # use PyTorch's fused kernels; --no-fused: the formulas as written below
+    data: str = ""  # text file to learn from (UTF-8); if none is named, Tiny Shakespeare
+    offline: bool = False  # never fetch Tiny Shakespeare from the network
+    out: str = "out/char_gpt.pt"  # where to save the checkpoint, from which sample.py speaks
+    resume: bool = False  # go on from the checkpoint with the settings it was made with
+    full: bool = False  # train the model of these settings on a CPU too, not the small one
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is there
+    dtype: str = "auto"  # of matrix products: float32 or bfloat16; auto: whichever is fast here
+    compile: bool = True  # on an NVIDIA GPU, let torch.compile merge operations
+    seed: int = 1337  # the same seed gives the same run
+    batch_size: int = 16  # sequences in a batch
+    block_size: int = 256  # characters in a sequence: how far back the model can look
+    max_iters: int = 2200  # training steps, one batch each
+    eval_interval: int = 200  # training steps between evaluations
+    learning_rate: float = 0.002  # of AdamW, which trains embeddings, gains and biases
+    muon_learning_rate: float = 0.025  # of Muon, which trains the matrices of the blocks
+    warmup_iters: int = 50  # steps in which the learning rates rise from zero
+    weight_decay: float = 0.1  # pull of the matrices towards zero, per unit of learning rate
+    grad_clip: float = 1.0  # a gradient longer than this is shortened to it
+
+    def __post_init__(self):
+        check_numbers(self, may_be_zero={"dropout", "seed", "warmup_iters", "weight_decay"})
+        if self.dropout >= 1:
+            raise ValueError(f"--dropout must be below 1; it is {self.dropout}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"--n_embd must be a multiple of --n_head; {self.n_embd} is none of {self.n_head}"
+            )
+
+
+# What a CPU trains when nothing else is asked for: the same model, made smaller.
+CPU_SETTINGS = dict(
+    n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=32, max_iters=2000, dropout=0.0
+)
+
+
+# ---------------------------------------------------------------------------------------------
+# Text, tokens, batches
+
+
+class CharTokenizer:
+    """Turns text into integers and back. Each distinct character of `text` is a token, and its
+    place in sorted order is its number. The set of tokens is the vocabulary."""
+
+    def __init__(self, text):
+        self.chars = sorted(set(text))
+        self.vocab_size = len(self.chars)
+        self.number = {char: i for i, char in enumerate(self.chars)}
+
+    def encode(self, text):
+        """Text to a list of integers. Raises ValueError for a character outside the vocabulary."""
+        try:
+            return [self.number[char] for char in text]
+        except KeyError as error:
+            raise ValueError(
+                f"the character {error} is not in the vocabulary: {''.join(self.chars)!r}"
+            ) from None
+
+    def decode(self, ids):
+        """Integers to text."""
+        return "".join(self.chars[i] for i in ids)
+
+
+def split_text(text):
+    """The first 90% of the text to train on, and the last 10% to validate: a model that has merely
+    learned its text by heart does badly on text that it has never seen."""
+    n = int(0.9 * len(text))
+    return text[:n], text[n:]
+
+
+def get_batch(data, config, step):
+    """Returns inputs x and targets y, both (batch_size, block_size).
+
+    Each row of x is a stretch of the text that starts at a random place, and y is the same stretch
+    one token later: y[b, t] is what follows x[b, t], the right answer at that place. The batch
+    depends on (seed, step) alone, so that a run can be repeated, or continued where it stopped.
+    """
+    rng = np.random.default_rng((config.seed, step))
+    starts = rng.integers(len(data) - config.block_size, size=(config.batch_size, 1))
+    window = torch.from_numpy(starts + np.arange(config.block_size + 1))  # (B, T + 1) places
+    tokens = data[window.to(data.device)]  # (B, T + 1)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+# ---------------------------------------------------------------------------------------------
+# Model
+
+
+class LayerNorm(nn.Module):
+    """Brings the numbers that stand for each token to mean 0 and variance 1, so that no layer meets
+    inputs that are huge or tiny; then stretches and shifts them by learned amounts, the gain
+    (`weight`) and the `bias`. Ba, Kiros & Hinton 2016. (B, T, C) to (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fused = config.fused
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd))
+
+    def forward(self, x):
+        if self.fused:  # the same in one pass over memory; so in the classes below
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
+        mean = x.mean(dim=-1, keepdim=True)  # (B, T, 1)
+        variance = ((x - mean) ** 2).mean(dim=-1, keepdim=True)  # (B, T, 1)
+        return (x - mean) / torch.sqrt(variance + 1e-5) * self.weight + self.bias
+
+
+class GELU(nn.Module):
+    """The bend between two linear maps, without which they would be no better than one. It lets
+    positive numbers pass and holds negative ones back, like max(0, x), but smoothly: x times the
+    chance that a standard normal variable is below x. Hendrycks & Gimpel 2016; GPT-2 takes their
+    approximation with tanh."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fused = config.fused
+
+    def forward(self, x):
+        if self.fused:
+            return F.gelu(x, approximate="tanh")
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def attention(q, k, v):
+    """Lets each token gather what it needs from itself and the tokens before it.
+
+    Each token asks a question (its query, in q), shows what it can be asked for (its key, in k),
+    and holds an answer (its value, in v). Where a query and a key match, their dot product is
+    large. The softmax turns all the matches of one query into shares that sum to 1, and the token
+    receives the values in these shares. q, k, v and the result are (B, n_head, T, head_size).
+    Vaswani et al. 2017, section 3.2.1.
+    """
+    T, head_size = q.shape[-2:]
+    # The root keeps dot products of long vectors small: large ones make one share 1, the rest 0.
+    scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T): query by key
+    # The mask: a token is to guess what comes after it, so it must not see it. Minus infinity
+    # becomes a share of zero.
+    past = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # True for key <= query
+    scores = scores.masked_fill(~past, -math.inf)
+    return F.softmax(scores, dim=-1) @ v
+
+
+class CausalSelfAttention(nn.Module):
+    """Tokens talk to each other, in n_head attentions side by side. Each works on a slice of its
+    own, so that one can look for the speaker's name and another for where the word began."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.fused = config.n_head, config.fused
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # makes q, k and v in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads have found
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
+        if self.fused and x.is_cuda:  # on a CPU the formula itself is faster
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = attention(q, k, v)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads' results side by side again
+        return self.dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Each token thinks by itself about what it has gathered: widen, bend, narrow."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = GELU(config)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """Talk, then think. Each part only adds to x, which runs through the whole model as a shared
+    notebook (the residual stream), so that gradients flow straight back to the first layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """Radford et al. 2019 (GPT-2): embeddings, n_layer blocks, and a score for each next token."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.block_size = config.block_size
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),  # what each token is
+                wpe=nn.Embedding(config.block_size, config.n_embd),  # where it stands
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=LayerNorm(config),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # Tied: a token's score is the dot product of what the model expects with what the token is.
+        self.lm_head.weight = self.transformer.wte.weight
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:  # small random numbers; the gains of the LayerNorms stay at 1
+                nn.init.normal_(p, std=0.02)
+            if name.endswith("c_proj.weight"):  # 2 sums per block add up in x: keep the total small
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def forward(self, idx, targets=None):
+        """Token numbers idx (B, T) to logits (B, T, vocab_size), and the loss if targets (B, T) are
+        given (else None). T may be block_size at most."""
+        B, T = idx.shape
+        if T > self.block_size:
+            raise ValueError(f"{T} tokens do not fit into block_size, {self.block_size}")
+        positions = torch.arange(T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
+        loss = None
+        if targets is not None:  # the cross-entropy of bigram.py
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
+
+
+# ---------------------------------------------------------------------------------------------
+# Generation
+
+
+def draw(logits):
+    """Pick a token at random, each as often as its probability says: (B, vocab_size) to (B, 1)."""
+    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+
+
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, choose=draw):
+    """Continue each row of idx (B, T): guess the next token, append the guess, guess again.
+
+    Yields each column of new tokens (B, 1) as it is chosen, so that the text can be watched as it
+    grows. `choose` turns the scores for the next token (B, vocab_size) into that token (B, 1).
+    """
+    model.eval()
+    for _ in range(max_new_tokens):
+        logits, _ = model(idx[:, -model.block_size :])  # (B, T, vocab_size)
+        idx_next = choose(logits[:, -1, :])  # only the last position speaks of what is to come
+        idx = torch.cat((idx, idx_next), dim=1)  # (B, T + 1)
+        yield idx_next
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(model, data, config):
+    """The mean loss over all of data, cut into windows of block_size tokens, side by side. (A few
+    random windows would be quicker, but would give another number each time.)"""
+    model.eval()
+    T, B = config.block_size, config.batch_size
+    n = (len(data) - 1) // T * T  # the tokens that fill whole windows
+    batches = [
+        *zip(data[:n].view(-1, T).split(B), data[1 : n + 1].view(-1, T).split(B)),
+        (data[None, n:-1], data[None, n + 1 :]),  # the rest, as one shorter window
+    ]
+    total = 0.0
+    for x, y in batches:
+        if y.numel() > 0:
+            _, loss = model(x, y)
+            total += loss.item() * y.numel()
+    model.train()
+    return total / (len(data) - 1)
+
+
+def bits_per_byte(loss, data, tokenizer):
+    """The loss in a unit that is the same for every vocabulary, to compare models by: from nats per
+    token to bits (1 bit = ln 2 nats) per byte of the text behind the tokens."""
+    n_bytes = len(tokenizer.decode(data.tolist()).encode("utf-8"))
+    return loss / math.log(2) * len(data) / n_bytes
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def make_optimizers(model, config):
+    """Two optimizers, each for what it is good at.
+
+    AdamW (Loshchilov & Hutter 2019) treats every number by itself. For a matrix that is a waste:
+    its gradients mostly point along a few directions, and the others hardly learn. Muon (Jordan et
+    al. 2024) adds up the gradients of a matrix, and replaces the sum by the orthogonal matrix that
+    is nearest to it (a few matrix products get there), so that all directions move equally far. It
+    trains the matrices of the blocks. Embeddings, whose rows are used one at a time, gains and
+    biases stay with AdamW.
+    """
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        (matrices if ".h." in name and p.dim() == 2 else others).append(p)
+    muon = torch.optim.Muon(matrices, config.muon_learning_rate, config.weight_decay)
+    adamw = torch.optim.AdamW(others, config.learning_rate, betas=(0.9, 0.95), weight_decay=0)
+    return [muon, adamw]
+
+
+def learning_rate_share(step, config):
+    """The share of its full learning rate that a step uses. It rises in a line over warmup_iters
+    (the first gradients are wild), stays at 1, and falls in a line to 0 over the second half."""
+    rise = (step + 1) / (config.warmup_iters + 1)
+    fall = (config.max_iters - step) / (config.max_iters / 2)
+    return min(rise, 1, fall)
+
+
+def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
+    """Gradient descent, as in bigram.py, with better steps. Fills the checkpoint with the history
+    ([step, training loss, validation loss] at each evaluation), with the weights that had the best
+    validation loss ("model"), and with all it takes to go on from the last step ("last"), and saves
+    it at each evaluation and after Ctrl-C. Returns whether the run is complete."""
+    optimizers = make_optimizers(model, config)
+    peaks = [optimizer.defaults["lr"] for optimizer in optimizers]
+    history, losses, first = checkpoint["history"], [], 0
+    if last := checkpoint["last"]:  # go on where that run stopped
+        losses, first = last["losses"], last["step"]
+        model.load_state_dict(last["model"])
+        for optimizer, state in zip(optimizers, last["optimizers"]):
+            optimizer.load_state_dict(state)
+    compiles = config.compile and train_data.is_cuda and importlib.util.find_spec("triton")
+    forward = torch.compile(model) if compiles else model
+    interrupts = catch_interrupts()
+    started = time.time()
+    for step in range(first, config.max_iters):
+        for optimizer, peak in zip(optimizers, peaks):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * learning_rate_share(step, config)
+        x, y = get_batch(train_data, config, step)
+        # What dropout drops shall depend on (seed, step) alone, too.
+        torch.manual_seed(int(np.random.default_rng((config.seed, step)).integers(2**32)))
+        with autocast:
+            logits, loss = forward(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)  # a wild batch does no harm
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+
+        done = step + 1
+        if done == first + 1:
+            started = time.time()  # the first step is slow: memory is fetched, code compiled
+        else:
+            print_progress(done, step - first, loss.item(), started, config)
+        if done == first + 11:
+            seconds = (time.time() - started) / 10 * (config.max_iters - first)
+            print(f"{CLEAR_LINE}at the speed of the first steps, this takes {duration(seconds)}")
+        if done % config.eval_interval == 0 or done == config.max_iters:
+            with autocast:
+                history.append([done, sum(losses) / len(losses), evaluate(model, val_data, config)])
+            losses = []
+            print_evaluation(history, model, tokenizer, val_data, config)
+            if history[-1] is min(history, key=lambda row: row[2]):
+                checkpoint["model"] = copy.deepcopy(model.state_dict())
+        if interrupts or not losses:  # losses is empty after each evaluation
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            last = dict(step=done, losses=losses, model=model.state_dict(), optimizers=states)
+            save_checkpoint(config.out, {**checkpoint, "last": last})
+        if interrupts:
+            return False
+    return True
+
+
+def catch_interrupts():
+    """Returns a list that Ctrl-C makes longer, so that the step in hand can be finished and saved.
+    A second Ctrl-C ends the program at once."""
+    interrupts = []
+
+    def handler(signum, frame):
+        interrupts.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, handler)
+    return interrupts
+
+
+def print_evaluation(history, model, tokenizer, val_data, config):
+    """The losses of the latest evaluation, and what the model writes by now."""
+    step, train_loss, val_loss = history[-1]
+    bits = bits_per_byte(val_loss, val_data, tokenizer)
+    torch.manual_seed(config.seed)
+    start = torch.zeros((1, 1), dtype=torch.long, device=val_data.device)  # token 0: the line break
+    ids = [column.item() for column in generate(model, start, max_new_tokens=120)]
+    print(
+        f"{CLEAR_LINE}step {step}/{config.max_iters}: training loss {train_loss:.4f}, "
+        f"validation loss {val_loss:.4f} ({bits:.3f} bits per byte)\n"
+        + textwrap.indent(tokenizer.decode(ids).strip(), "    | ", lambda line: True)
+    )
+
+
+def print_progress(step, steps_here, loss, started, config):
+    """One line, written over and over: how far it is, how fast, and how long it will take yet."""
+    if sys.stdout.isatty():
+        seconds = (time.time() - started) / steps_here  # per step
+        print(
+            f"{CLEAR_LINE}step {step}/{config.max_iters}: loss {loss:.3f}, "
+            f"{config.batch_size * config.block_size / seconds:,.0f} tokens/s, "
+            f"{duration((config.max_iters - step) * seconds)} to go",
+            end="",
+            flush=True,
+        )
+
+
+def duration(seconds):
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+DATA = Path(__file__).resolve().parent / "data"
+SHAKESPEARE = DATA / "tinyshakespeare.txt"  # 1 MB of the plays, put together by Andrej Karpathy
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHIPPED_PLAY = DATA / "the-glass-harbour.txt"
+
+
+def load_text(config):
+    """The text to learn from: the file named by --data, or else Tiny Shakespeare, fetched once, or
+    else the play that comes with these scripts. Raises ValueError where the file is of no use."""
+    path = Path(config.data) if config.data else find_shakespeare(config)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}): convert it") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}): name a text by --data") from None
+    train_text, val_text = split_text(text)
+    if len(set(text)) < 2 or len(train_text) <= config.block_size or len(val_text) < 2:
+        raise ValueError(
+            f"{path} is too short ({len(text):,} characters, {len(set(text))} distinct): it takes "
+            f"at least 2 distinct ones, and more than --block_size in its first 90%"
+        )
+    print(f"text: {path.name}, {len(text):,} characters, {len(set(text))} distinct")
+    return text
+
+
+def find_shakespeare(config):
+    """The path of Tiny Shakespeare, downloaded if need be, or else of the play shipped here."""
+    if SHAKESPEARE.exists():
+        if hashlib.sha256(SHAKESPEARE.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
+            raise ValueError(f"{SHAKESPEARE} is damaged: delete it, to have it fetched again")
+        return SHAKESPEARE
+    try:
+        if config.offline:
+            raise OSError("--offline was given")
+        download(SHAKESPEARE_URL, SHAKESPEARE, 1_115_394, SHAKESPEARE_SHA256)
+        return SHAKESPEARE
+    except (OSError, http.client.HTTPException) as error:
+        print(f"no Tiny Shakespeare ({error}): using a shorter play, written for these scripts")
+        return SHIPPED_PLAY
+
+
+def download(url, path, size, sha256):
+    """Fetch url to path. The file gets its name only when its size and SHA-256 are right, so a bad
+    or partial one is never used. Raises OSError or HTTPException."""
+    part = path.with_name(path.name + ".part")
+    digest = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response, open(part, "wb") as file:
+            while file.tell() <= size and (chunk := response.read(1 << 16)):
+                file.write(chunk)
+                digest.update(chunk)
+                print(f"{CLEAR_LINE}{path.name}: {file.tell():,} of {size:,} bytes", end="")
+            print(CLEAR_LINE, end="")
+            if file.tell() != size or digest.hexdigest() != sha256:
+                raise OSError(f"{url} sent something else")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, *scripts):
+    """The checkpoint at path, written by one of `scripts`. Nothing in the file can run as code.
+    Raises ValueError where there is none, or not one of theirs."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] in scripts:
+            return checkpoint
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror})") from None
+    except Exception:  # a damaged file can trip its reader in any way
+        pass
+    raise ValueError(f"{path} is not a checkpoint of {' or '.join(f'{s}.py' for s in scripts)}")
+
+
+def check_writable(path):
+    """Find out before training, not after it, that the checkpoint cannot be saved."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(f"cannot write --out {path} ({error.strerror}): name another") from None
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a directory: name a file in it")
+
+
+def save_checkpoint(path, checkpoint):
+    """Write to another name, then rename: at any moment the old file or the new one is whole."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+
+CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""
+
+
+def fail(message):
+    """A mistake that the user can mend ends in one line on standard error, and exit status 2."""
+    print(f"{CLEAR_LINE}error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_numbers(config, may_be_zero):
+    """Raise ValueError for a setting that is not above zero (or at zero, where it may be)."""
+    for name, value in vars(config).items():
+        if type(value) in (int, float):
+            if not (0 < value < 2**31 or value == 0 and name in may_be_zero):
+                least = "0 or more" if name in may_be_zero else "above 0"
+                raise ValueError(f"--{name} must be {least} and below 2**31; it is {value}")
+
+
+def parse_flags(Config):
+    """A flag for each field of Config, explained by the comment beside the field. Returns a dict of
+    those that were given."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.error = fail
+    comments = dict(re.findall(r"^    (\w+): .* # (.*)", inspect.getsource(Config), re.MULTILINE))
+    for field in fields(Config):
+        if field.name == "vocab_size":
+            continue
+        text = f"{comments[field.name]} [{field.default}]"
+        if field.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": field.type, "metavar": field.type.__name__}
+        parser.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **how)
+    return vars(parser.parse_args())
+
+
+def pick_device(name):
+    """The device called name, or for "auto" the fastest kind that is there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    there = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
+    if name != "auto" and name not in there:
+        raise ValueError(f"--device {name} is not there; it can be auto, {', '.join(there)}")
+    return torch.device(there[0] if name == "auto" else name)
+
+
+def pick_dtype(name, device):
+    """The number format of matrix products. bfloat16 has the range of float32 in half the bits, and
+    is twice as fast where the hardware knows it; weights and sums stay in float32 either way."""
+    if name not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"--dtype must be auto, float32 or bfloat16; it is {name}")
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        fast = features.get("avx512_bf16") or features.get("amx_bf16")
+    else:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def main():
+    given = parse_flags(GPTConfig)
+    device = pick_device(given.get("device", "auto"))
+    small = device.type == "cpu" and not given.get("full") and not given.get("resume")
+    settings, checkpoint = CPU_SETTINGS if small else {}, None
+    if given.get("resume"):
+        checkpoint = load_checkpoint(given.get("out", GPTConfig.out), "char_gpt")
+        settings = checkpoint["config"]
+        for name in ("n_layer", "n_head", "n_embd", "block_size"):
+            if given.get(name, settings[name]) != settings[name]:
+                raise ValueError(f"--{name} cannot change; the run to resume has {settings[name]}")
+    config = GPTConfig(**{**settings, **given})
+    dtype = pick_dtype(config.dtype, device)
+    check_writable(config.out)
+
+    text = load_text(config)
+    tokenizer = CharTokenizer(text)
+    config.vocab_size = tokenizer.vocab_size
+    train_data, val_data = [
+        torch.tensor(tokenizer.encode(part), device=device) for part in split_text(text)
+    ]
+    torch.manual_seed(config.seed)
+    model = GPT(config).to(device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    vocab = "".join(tokenizer.chars)
+    if checkpoint is None:
+        checkpoint = dict(script="char_gpt", vocab=vocab, history=[], last=None)
+        checkpoint["model"] = model.state_dict()
+    elif checkpoint["vocab"] != vocab:
+        raise ValueError(f"{config.out} has learned from another text: name that one by --data")
+    elif checkpoint["last"]["step"] >= config.max_iters:
+        raise ValueError(f"{config.out} has had its {config.max_iters} steps: raise --max_iters")
+    checkpoint["config"] = asdict(config)
+
+    n_params = sum(p.numel() for p in model.parameters())
+    n_tokens = config.batch_size * config.block_size
+    print(
+        f"model: GPT, {config.n_layer} layers of {config.n_head} heads, {config.n_embd} wide, "
+        f"{n_params:,} parameters, on {device} in {str(dtype).removeprefix('torch.')}\n"
+        f"plan: {config.max_iters:,} steps of {n_tokens:,} tokens"
+        + (" (the small model, for a CPU; --full trains the large one)" if small else "")
+    )
+    if checkpoint["last"]:
+        print(f"going on after step {checkpoint['last']['step']:,}")
+    else:
+        with autocast:
+            val_loss = evaluate(model, val_data, config)
+        print(
+            f"before training: validation loss {val_loss:.4f}; "
+            f"an even guess costs ln({tokenizer.vocab_size}) = {math.log(tokenizer.vocab_size):.4f}"
+        )
+
+    if not train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
+        print(f"{CLEAR_LINE}saved; to go on: python char_gpt.py --resume --out {config.out}")
+        return
+    _, _, last = checkpoint["history"][-1]
+    best_step, _, best = min(checkpoint["history"], key=lambda row: row[2])
+    print(
+        f"validation loss {last:.4f} at the end, {best:.4f} at best (step {best_step:,}; saved)\n"
+        f"saved {config.out}; to sample from it: python sample.py {config.out}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted")
+    except (OSError, ValueError) as error:
+        fail(error)
