@@ -198,7 +198,6 @@ def evaluate(model, data, config):
         if y.numel() > 0:
             _, loss = model(x, y)
             total += loss.item() * y.numel()
-    model.train()
     return total / (len(data) - 1)
 
 

@@ -118,7 +118,6 @@ def main():
     path = args.checkpoint or newest_checkpoint()
     device = pick_device("auto")
     model, tokenizer, history = load_model(path, device)
-    print(f"{path}: step {history[-1][0]:,}, validation loss {history[-1][2]:.4f}", file=sys.stderr)
     prompt = args.prompt
     if prompt is None:
         prompt = "\n" if "\n" in tokenizer.chars else tokenizer.chars[0]
@@ -126,6 +125,7 @@ def main():
         idx = torch.tensor([tokenizer.encode(prompt)] * args.num_samples, device=device)
     except ValueError as error:
         raise ValueError(f"--prompt: {error}") from None
+    print(f"{path}: step {history[-1][0]:,}, validation loss {history[-1][2]:.4f}", file=sys.stderr)
 
     torch.manual_seed(args.seed)
     choose = make_choice(args.temperature, args.top_k, args.top_p)

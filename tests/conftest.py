@@ -1,0 +1,75 @@
+"""What the tests share: the scripts on the path, and a way to run them as a user does."""
+
+import io
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SIGPIPE = getattr(signal, "SIGPIPE", signal.SIGINT)  # Windows has none
+SHAKESPEARE = ROOT / "data" / "tinyshakespeare.txt"
+PLAY = ROOT / "data" / "the-glass-harbour.txt"
+
+needs_shakespeare = pytest.mark.skipif(
+    not SHAKESPEARE.exists(),
+    reason="data/tinyshakespeare.txt is not there: run bigram.py once, with a network",
+)
+
+
+def run(*command, cwd, status=0):
+    """Run `python COMMAND...` in the folder cwd. Returns (standard output, standard error)."""
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def one_line_error(script, *flags, cwd):
+    """Run a script with a user's mistake, as `python SCRIPT FLAGS...` in the folder cwd (but within
+    this process, to save the second of `import torch`). It must end with status 2 and one line on
+    standard error, which is returned; any other exception, and so a traceback, fails the test."""
+    out, error = io.StringIO(), io.StringIO()
+    before = os.getcwd(), sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, SIGPIPE)}
+    os.chdir(cwd)
+    sys.argv = [str(script), *flags]
+    try:
+        with redirect_stdout(out), redirect_stderr(error), pytest.raises(SystemExit) as end:
+            runpy.run_path(str(script), run_name="__main__")
+    finally:
+        os.chdir(before[0])
+        sys.argv = before[1]
+        for number, handler in before[2].items():
+            signal.signal(number, handler)
+    assert end.value.code == 2
+    lines = error.getvalue().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory):
+    """A folder with what a fresh clone has, so without Tiny Shakespeare, and with a checkpoint of
+    each training script, made by its real command line: small models, offline, on the shipped play."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("bigram.py", "char_gpt.py", "sample.py"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "data").mkdir()
+    shutil.copy(PLAY, folder / "data")
+    (folder / "logs").mkdir()
+    small = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --max_iters 60 --eval_interval 30 "
+    small += "--warmup_iters 5 --learning_rate 0.01"
+    for script, flags in (("bigram", "--max_iters 100"), ("char_gpt", small)):
+        output, error = run(f"{script}.py", "--offline", *flags.split(), cwd=folder)
+        assert error == ""
+        (folder / "logs" / f"{script}.txt").write_text(output, encoding="utf-8")
+        os.utime(folder / "out" / f"{script}.pt")
+    return folder
