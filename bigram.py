@@ -254,16 +254,22 @@ def print_evaluation(history, model, tokenizer, val_data, config):
 
 
 def print_progress(step, steps_here, loss, started, config):
-    """One line, written over and over: how far it is, how fast, and how long it will take yet."""
+    """How far the run is, how fast, and how long it will take yet."""
+    seconds = (time.time() - started) / steps_here  # per step
+    print_live(
+        f"step {step}/{config.max_iters}: loss {loss:.3f}, "
+        f"{config.batch_size * config.block_size / seconds:,.0f} tokens/s, "
+        f"{duration((config.max_iters - step) * seconds)} to go"
+    )
+
+
+CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""  # makes a terminal forget the current line
+
+
+def print_live(text):
+    """One line, written over and over on a terminal, and left out where output goes to a file."""
     if sys.stdout.isatty():
-        seconds = (time.time() - started) / steps_here  # per step
-        print(
-            f"{CLEAR_LINE}step {step}/{config.max_iters}: loss {loss:.3f}, "
-            f"{config.batch_size * config.block_size / seconds:,.0f} tokens/s, "
-            f"{duration((config.max_iters - step) * seconds)} to go",
-            end="",
-            flush=True,
-        )
+        print(CLEAR_LINE + text, end="", flush=True)
 
 
 def duration(seconds):
@@ -305,7 +311,7 @@ def load_text(config):
 def find_shakespeare(config):
     """The path of Tiny Shakespeare, downloaded if need be, or else of the play shipped here."""
     if SHAKESPEARE.exists():
-        if hashlib.sha256(SHAKESPEARE.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
+        if sha256_of(SHAKESPEARE) != SHAKESPEARE_SHA256:
             raise ValueError(f"{SHAKESPEARE} is damaged: delete it, to have it fetched again")
         return SHAKESPEARE
     try:
@@ -322,19 +328,22 @@ def download(url, path, size, sha256):
     """Fetch url to path. The file gets its name only when its size and SHA-256 are right, so a bad
     or partial one is never used. Raises OSError or HTTPException."""
     part = path.with_name(path.name + ".part")
-    digest = hashlib.sha256()
     try:
         with urllib.request.urlopen(url, timeout=10) as response, open(part, "wb") as file:
             while file.tell() <= size and (chunk := response.read(1 << 16)):
                 file.write(chunk)
-                digest.update(chunk)
-                print(f"{CLEAR_LINE}{path.name}: {file.tell():,} of {size:,} bytes", end="")
-            print(CLEAR_LINE, end="")
-            if file.tell() != size or digest.hexdigest() != sha256:
-                raise OSError(f"{url} sent something else")
+                print_live(f"{path.name}: {file.tell():,} of {size:,} bytes")
+        if part.stat().st_size != size or sha256_of(part) != sha256:
+            raise OSError(f"{url} sent something else")
         os.replace(part, path)
     finally:
+        print(CLEAR_LINE, end="")
         part.unlink(missing_ok=True)
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_writable(path):
@@ -351,24 +360,25 @@ def check_writable(path):
 
 def save_checkpoint(path, checkpoint):
     """Write to another name, then rename: at any moment the old file or the new one is whole."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, not only on its way there
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------
 # Command line
 
-CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""
-
 
 def fail(message):
     """A mistake that the user can mend ends in one line on standard error, and exit status 2."""
-    print(f"{CLEAR_LINE}error: {message}", file=sys.stderr)
+    print(CLEAR_LINE, end="", flush=True)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -376,8 +386,8 @@ def check_numbers(config, may_be_zero):
     """Raise ValueError for a setting that is not above zero (or at zero, where it may be)."""
     for name, value in vars(config).items():
         if type(value) in (int, float):
-            if not (0 < value < 2**31 or value == 0 and name in may_be_zero):
-                least = "0 or more" if name in may_be_zero else "above 0"
+            least = "0 or more" if name in may_be_zero else "above 0"
+            if not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
                 raise ValueError(f"--{name} must be {least} and below 2**31; it is {value}")
 
 
@@ -449,3 +459,7 @@ if __name__ == "__main__":
         fail("interrupted")
     except (OSError, ValueError) as error:
         fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower() + type(error).__name__.lower():
+            raise
+        fail("out of memory: lower --batch_size or --block_size")

@@ -48,14 +48,14 @@ import torch.nn.functional as F
 @dataclass
 class GPTConfig:
     """Every setting. Each is also a flag, as in `--max_iters 100`, except that the text itself
-    decides vocab_size."""
+    decides vocab_size. The values are those of the full model; CPU_SETTINGS has the small one's."""
 
     vocab_size: int = 65  # how many different characters there are
-    n_layer: int = 6  # blocks, one after the other
-    n_head: int = 6  # attention heads in a block
-    n_embd: int = 384  # numbers that stand for one character on its way through the blocks
-    dropout: float = 0.25  # share of those numbers set to zero at random in training
-    fused: bool = True  # use PyTorch's fused kernels; --no-fused: the formulas as written below
+    n_layer: int = 6  # blocks, one after the other, through which each token passes
+    n_head: int = 6  # attention heads in each block
+    n_embd: int = 384  # numbers that stand for a character on its way through the blocks
+    dropout: float = 0.25  # share of those set to zero in training, so that none is relied on
+    fused: bool = True  # use PyTorch's own code for what is written out below: same results
     data: str = ""  # text file to learn from (UTF-8); if none is named, Tiny Shakespeare
     offline: bool = False  # never fetch Tiny Shakespeare from the network
     out: str = "out/char_gpt.pt"  # where to save the checkpoint, from which sample.py speaks
@@ -73,16 +73,14 @@ class GPTConfig:
     muon_learning_rate: float = 0.025  # of Muon, which trains the matrices of the blocks
     warmup_iters: int = 50  # steps in which the learning rates rise from zero
     weight_decay: float = 0.1  # pull of the matrices towards zero, per unit of learning rate
-    grad_clip: float = 1.0  # a gradient longer than this is shortened to it
+    grad_clip: float = 1.0  # a gradient (of all weights together) longer than this is shortened
 
     def __post_init__(self):
         check_numbers(self, may_be_zero={"dropout", "seed", "warmup_iters", "weight_decay"})
         if self.dropout >= 1:
             raise ValueError(f"--dropout must be below 1; it is {self.dropout}")
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"--n_embd must be a multiple of --n_head; {self.n_embd} is none of {self.n_head}"
-            )
+            raise ValueError(f"--n_head must divide --n_embd, {self.n_embd}; it is {self.n_head}")
 
 
 # What a CPU trains unless told otherwise: the same model, smaller, done in minutes.
@@ -150,10 +148,13 @@ def get_batch(data, config, step):
 # Model
 
 
+# C stands for n_embd: every token is a row of C numbers, so that x is (B, T, C) on its whole way.
+
+
 class LayerNorm(nn.Module):
-    """Brings the numbers that stand for each token to mean 0 and variance 1, so that no layer meets
-    inputs that are huge or tiny; then stretches and shifts them by learned amounts, the gain
-    (`weight`) and the `bias`. Ba, Kiros & Hinton 2016. (B, T, C) to (B, T, C)."""
+    """Brings each token's C numbers to mean 0 and variance 1, so that no layer meets inputs that
+    are huge or tiny; then scales and shifts them by amounts that are learned, the gain (weight) and
+    the bias. Ba, Kiros & Hinton 2016."""
 
     def __init__(self, config):
         super().__init__()
@@ -162,11 +163,12 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
 
     def forward(self, x):
-        if self.fused:  # the same in one pass over memory; so in the classes below
+        if self.fused:  # PyTorch's own code for the formula below
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
         mean = x.mean(dim=-1, keepdim=True)  # (B, T, 1)
         variance = ((x - mean) ** 2).mean(dim=-1, keepdim=True)  # (B, T, 1)
-        return (x - mean) / torch.sqrt(variance + 1e-5) * self.weight + self.bias
+        x = (x - mean) / torch.sqrt(variance + 1e-5)  # 1e-5: never divide by zero
+        return x * self.weight + self.bias
 
 
 class GELU(nn.Module):
@@ -195,35 +197,38 @@ def attention(q, k, v):
     Vaswani et al. 2017, section 3.2.1.
     """
     T, head_size = q.shape[-2:]
-    # The root keeps dot products of long vectors small: large ones make one share 1, the rest 0.
+    # A dot product is a sum of head_size terms, and tends to grow with the root of their number.
+    # Undo that, for the softmax of large scores is all or nothing, and hardly learns any more.
     scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T): query by key
-    # The mask: a token is to guess what comes after it, so it must not see it. Minus infinity
-    # becomes a share of zero.
-    past = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # True for key <= query
-    scores = scores.masked_fill(~past, -math.inf)
+    # The mask. In training the model guesses at all T places at once, and at each place the right
+    # answer is the next token: it must not be seen. Minus infinity becomes a share of zero.
+    visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # where key <= query
+    scores = scores.masked_fill(~visible, -math.inf)
     return F.softmax(scores, dim=-1) @ v
 
 
 class CausalSelfAttention(nn.Module):
-    """Tokens talk to each other, in n_head attentions side by side. Each works on a slice of its
-    own, so that one can look for the speaker's name and another for where the word began."""
+    """Tokens talk to each other. Attention runs n_head times side by side, and each of these heads
+    has queries, keys and values of its own, so that one can look for the speaker's name and another
+    for where the word began."""
 
     def __init__(self, config):
         super().__init__()
         self.n_head, self.fused = config.n_head, config.fused
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # makes q, k and v in one product
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads have found
+        # These names, and all below, are those of GPT-2's published weights.
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # makes q, k and v of all heads
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads have gathered
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
-        if self.fused and x.is_cuda:  # on a CPU the formula itself is faster
+        if self.fused and x.device.type != "cpu":  # on a CPU the formula itself is faster
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             y = attention(q, k, v)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads' results side by side again
+        y = y.transpose(1, 2).reshape(B, T, C)  # the results of the heads, end to end
         return self.dropout(self.c_proj(y))
 
 
@@ -242,8 +247,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Talk, then think. Each part only adds to x, which runs through the whole model as a shared
-    notebook (the residual stream), so that gradients flow straight back to the first layer."""
+    """Talk, then think. Both read a normalised copy of x and add what they find to x itself, which
+    runs through all blocks like a shared notebook: the residual stream (He et al. 2015). A sum
+    passes gradients on unchanged, so that even the first block hears clearly what would help."""
 
     def __init__(self, config):
         super().__init__()
@@ -259,35 +265,35 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Radford et al. 2019 (GPT-2): embeddings, n_layer blocks, and a score for each next token."""
+    """The transformer of GPT-2 (Radford et al. 2019). Two tables, the embeddings, hold a row of C
+    numbers for each token and one for each position. The sum of both rows enters the blocks; what
+    comes out is compared with the rows of all tokens, which gives the scores for the next one."""
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
         self.block_size = config.block_size
         self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),  # what each token is
-                wpe=nn.Embedding(config.block_size, config.n_embd),  # where it stands
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=LayerNorm(config),
-            )
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),  # of tokens
+                "wpe": nn.Embedding(config.block_size, config.n_embd),  # of positions
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                "ln_f": LayerNorm(config),
+            }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Tied: a token's score is the dot product of what the model expects with what the token is.
-        self.lm_head.weight = self.transformer.wte.weight
+        self.lm_head.weight = self.transformer.wte.weight  # tied: one table for input and output
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.dim() == 2:  # small random numbers; the gains of the LayerNorms stay at 1
-                nn.init.normal_(p, std=0.02)
-            if name.endswith("c_proj.weight"):  # 2 sums per block add up in x: keep the total small
+            if name.endswith("c_proj.weight"):  # 2 * n_layer of these add up: keep the sum small
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def forward(self, idx, targets=None):
         """Token numbers idx (B, T) to logits (B, T, vocab_size), and the loss if targets (B, T) are
-        given (else None). T may be block_size at most."""
+        given (else None). Raises ValueError for T above block_size."""
         B, T = idx.shape
         if T > self.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size, {self.block_size}")
@@ -298,7 +304,7 @@ class GPT(nn.Module):
             x = block(x)
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
         loss = None
-        if targets is not None:  # the cross-entropy of bigram.py
+        if targets is not None:  # the function that bigram.py writes out
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
@@ -364,16 +370,19 @@ def bits_per_byte(loss, data, tokenizer):
 def make_optimizers(model, config):
     """Two optimizers, each for what it is good at.
 
-    AdamW (Loshchilov & Hutter 2019) treats every number by itself. For a matrix that is a waste:
-    its gradients mostly point along a few directions, and the others hardly learn. Muon (Jordan et
-    al. 2024) adds up the gradients of a matrix, and replaces the sum by the orthogonal matrix that
-    is nearest to it (a few matrix products get there), so that all directions move equally far. It
-    trains the matrices of the blocks. Embeddings, whose rows are used one at a time, gains and
-    biases stay with AdamW.
+    Adam, as in bigram.py, treats every number by itself (AdamW is its present form, Loshchilov &
+    Hutter 2019). For a matrix that is a waste: its gradients mostly point along the same few
+    directions, and along the others it hardly learns. Muon (Jordan et al. 2024) keeps a running sum
+    of a matrix's gradients, and steps by the orthogonal matrix that is nearest to it (a few matrix
+    products get there), which is equally long in all directions. It trains the matrices in the
+    blocks; embeddings, where each row belongs to one token, gains and biases stay with AdamW.
     """
     matrices, others = [], []
     for name, p in model.named_parameters():
-        (matrices if ".h." in name and p.dim() == 2 else others).append(p)
+        if ".h." in name and p.dim() == 2:
+            matrices.append(p)
+        else:
+            others.append(p)
     muon = torch.optim.Muon(matrices, config.muon_learning_rate, config.weight_decay)
     adamw = torch.optim.AdamW(others, config.learning_rate, betas=(0.9, 0.95), weight_decay=0)
     return [muon, adamw]
@@ -388,61 +397,69 @@ def learning_rate_share(step, config):
 
 
 def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
-    """Gradient descent, as in bigram.py, with better steps. Fills the checkpoint with the history
-    ([step, training loss, validation loss] at each evaluation), with the weights that had the best
-    validation loss ("model"), and with all it takes to go on from the last step ("last"), and saves
-    it at each evaluation and after Ctrl-C. Returns whether the run is complete."""
+    """Gradient descent, as in bigram.py, with better steps.
+
+    At each evaluation, and after Ctrl-C, saves the checkpoint with what is new in it: the history
+    ([step, training loss, validation loss] of each evaluation), the weights that had the best
+    validation loss so far ("model"), and all it takes to go on after the last step ("last").
+    Returns the number of steps done, which after Ctrl-C is less than max_iters.
+    """
     optimizers = make_optimizers(model, config)
-    peaks = [optimizer.defaults["lr"] for optimizer in optimizers]
-    history, losses, first = checkpoint["history"], [], 0
-    if last := checkpoint["last"]:  # go on where that run stopped
-        losses, first = last["losses"], last["step"]
+    first, losses, history = 0, [], checkpoint["history"]
+    if last := checkpoint["last"]:  # go on where the run stopped
+        first, losses = last["step"], last["losses"]
         model.load_state_dict(last["model"])
         for optimizer, state in zip(optimizers, last["optimizers"]):
-            optimizer.load_state_dict(state)
-    compiles = config.compile and train_data.is_cuda and importlib.util.find_spec("triton")
-    forward = torch.compile(model) if compiles else model
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    forward = model
+    if config.compile and train_data.is_cuda and importlib.util.find_spec("triton"):
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+        forward = torch.compile(model)
     interrupts = catch_interrupts()
-    started = time.time()
     for step in range(first, config.max_iters):
-        for optimizer, peak in zip(optimizers, peaks):
+        share = learning_rate_share(step, config)
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = peak * learning_rate_share(step, config)
+                group["lr"] = share * optimizer.defaults["lr"]
         x, y = get_batch(train_data, config, step)
-        # What dropout drops shall depend on (seed, step) alone, too.
+        # What dropout drops depends on (seed, step) alone, too: draw a seed for it from these.
         torch.manual_seed(int(np.random.default_rng((config.seed, step)).integers(2**32)))
         model.train()  # dropout on; evaluate() and generate() turn it off
         with autocast:
             logits, loss = forward(x, y)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)  # a wild batch does no harm
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)  # one odd batch does no harm
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
 
-        done = step + 1
-        if done == first + 1:
-            started = time.time()  # the first step is slow: memory is fetched, code compiled
+        done, interrupted = step + 1, bool(interrupts)
+        if step == first:
+            started = time.time()  # the first step is slow: memory is fetched, code is compiled
         else:
             print_progress(done, step - first, loss.item(), started, config)
-        if done == first + 11:
+        if step == first + 10:
             seconds = (time.time() - started) / 10 * (config.max_iters - first)
             print(f"{CLEAR_LINE}at the speed of the first steps, this takes {duration(seconds)}")
-        if done % config.eval_interval == 0 or done == config.max_iters:
+        evaluates = done % config.eval_interval == 0 or done == config.max_iters
+        if evaluates:
             with autocast:
-                history.append([done, sum(losses) / len(losses), evaluate(model, val_data, config)])
-            losses = []
-            print_evaluation(history, model, tokenizer, val_data, config)
-            if history[-1] is min(history, key=lambda row: row[2]):
+                val_loss = evaluate(model, val_data, config)
+            if all(val_loss < earlier for _, _, earlier in history):
                 checkpoint["model"] = copy.deepcopy(model.state_dict())
-        if interrupts or not losses:  # losses is empty after each evaluation
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            last = dict(step=done, losses=losses, model=model.state_dict(), optimizers=states)
-            save_checkpoint(config.out, {**checkpoint, "last": last})
-        if interrupts:
-            return False
-    return True
+            history.append([done, sum(losses) / len(losses), val_loss])
+            losses = []
+        if evaluates or interrupted:
+            states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+            checkpoint["last"] = dict(step=done, losses=losses, optimizers=states)
+            checkpoint["last"]["model"] = model.state_dict()
+            save_checkpoint(config.out, checkpoint)
+        if evaluates:
+            print_evaluation(history, model, tokenizer, val_data, config)
+        if interrupted:
+            break
+    return done
 
 
 def catch_interrupts():
@@ -473,16 +490,22 @@ def print_evaluation(history, model, tokenizer, val_data, config):
 
 
 def print_progress(step, steps_here, loss, started, config):
-    """One line, written over and over: how far it is, how fast, and how long it will take yet."""
+    """How far the run is, how fast, and how long it will take yet."""
+    seconds = (time.time() - started) / steps_here  # per step
+    print_live(
+        f"step {step}/{config.max_iters}: loss {loss:.3f}, "
+        f"{config.batch_size * config.block_size / seconds:,.0f} tokens/s, "
+        f"{duration((config.max_iters - step) * seconds)} to go"
+    )
+
+
+CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""  # makes a terminal forget the current line
+
+
+def print_live(text):
+    """One line, written over and over on a terminal, and left out where output goes to a file."""
     if sys.stdout.isatty():
-        seconds = (time.time() - started) / steps_here  # per step
-        print(
-            f"{CLEAR_LINE}step {step}/{config.max_iters}: loss {loss:.3f}, "
-            f"{config.batch_size * config.block_size / seconds:,.0f} tokens/s, "
-            f"{duration((config.max_iters - step) * seconds)} to go",
-            end="",
-            flush=True,
-        )
+        print(CLEAR_LINE + text, end="", flush=True)
 
 
 def duration(seconds):
@@ -524,7 +547,7 @@ def load_text(config):
 def find_shakespeare(config):
     """The path of Tiny Shakespeare, downloaded if need be, or else of the play shipped here."""
     if SHAKESPEARE.exists():
-        if hashlib.sha256(SHAKESPEARE.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
+        if sha256_of(SHAKESPEARE) != SHAKESPEARE_SHA256:
             raise ValueError(f"{SHAKESPEARE} is damaged: delete it, to have it fetched again")
         return SHAKESPEARE
     try:
@@ -541,27 +564,31 @@ def download(url, path, size, sha256):
     """Fetch url to path. The file gets its name only when its size and SHA-256 are right, so a bad
     or partial one is never used. Raises OSError or HTTPException."""
     part = path.with_name(path.name + ".part")
-    digest = hashlib.sha256()
     try:
         with urllib.request.urlopen(url, timeout=10) as response, open(part, "wb") as file:
             while file.tell() <= size and (chunk := response.read(1 << 16)):
                 file.write(chunk)
-                digest.update(chunk)
-                print(f"{CLEAR_LINE}{path.name}: {file.tell():,} of {size:,} bytes", end="")
-            print(CLEAR_LINE, end="")
-            if file.tell() != size or digest.hexdigest() != sha256:
-                raise OSError(f"{url} sent something else")
+                print_live(f"{path.name}: {file.tell():,} of {size:,} bytes")
+        if part.stat().st_size != size or sha256_of(part) != sha256:
+            raise OSError(f"{url} sent something else")
         os.replace(part, path)
     finally:
+        print(CLEAR_LINE, end="")
         part.unlink(missing_ok=True)
 
 
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def load_checkpoint(path, *scripts):
-    """The checkpoint at path, written by one of `scripts`. Nothing in the file can run as code.
+    """The checkpoint at path, written by one of the scripts. Nothing in the file can run as code.
     Raises ValueError where there is none, or not one of theirs."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] in scripts:
+        parts = {"config", "vocab", "model", "history"}
+        if checkpoint["script"] in scripts and parts <= checkpoint.keys():
             return checkpoint
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror})") from None
@@ -584,24 +611,25 @@ def check_writable(path):
 
 def save_checkpoint(path, checkpoint):
     """Write to another name, then rename: at any moment the old file or the new one is whole."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, not only on its way there
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------
 # Command line
 
-CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""
-
 
 def fail(message):
     """A mistake that the user can mend ends in one line on standard error, and exit status 2."""
-    print(f"{CLEAR_LINE}error: {message}", file=sys.stderr)
+    print(CLEAR_LINE, end="", flush=True)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -609,8 +637,8 @@ def check_numbers(config, may_be_zero):
     """Raise ValueError for a setting that is not above zero (or at zero, where it may be)."""
     for name, value in vars(config).items():
         if type(value) in (int, float):
-            if not (0 < value < 2**31 or value == 0 and name in may_be_zero):
-                least = "0 or more" if name in may_be_zero else "above 0"
+            least = "0 or more" if name in may_be_zero else "above 0"
+            if not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
                 raise ValueError(f"--{name} must be {least} and below 2**31; it is {value}")
 
 
@@ -660,16 +688,18 @@ def pick_dtype(name, device):
 
 def main():
     given = parse_flags(GPTConfig)
-    device = pick_device(given.get("device", "auto"))
-    small = device.type == "cpu" and not given.get("full") and not given.get("resume")
-    settings, checkpoint = CPU_SETTINGS if small else {}, None
+    checkpoint, settings = None, {}
     if given.get("resume"):
         checkpoint = load_checkpoint(given.get("out", GPTConfig.out), "char_gpt")
         settings = checkpoint["config"]
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
             if given.get(name, settings[name]) != settings[name]:
                 raise ValueError(f"--{name} cannot change; the run to resume has {settings[name]}")
-    config = GPTConfig(**{**settings, **given})
+    device = pick_device({**settings, **given}.get("device", "auto"))
+    small = device.type == "cpu" and not checkpoint and not given.get("full")
+    if small:
+        settings = CPU_SETTINGS
+    config = GPTConfig(**{**settings, "out": GPTConfig.out, **given})
     dtype = pick_dtype(config.dtype, device)
     check_writable(config.out)
 
@@ -685,9 +715,9 @@ def main():
     vocab = "".join(tokenizer.chars)
     if checkpoint is None:
         checkpoint = dict(script="char_gpt", vocab=vocab, history=[], last=None)
-        checkpoint["model"] = model.state_dict()
+        checkpoint["model"] = model.state_dict()  # until there is a best
     elif checkpoint["vocab"] != vocab:
-        raise ValueError(f"{config.out} has learned from another text: name that one by --data")
+        raise ValueError(f"{config.out} learned from other characters: name its text by --data")
     elif checkpoint["last"]["step"] >= config.max_iters:
         raise ValueError(f"{config.out} has had its {config.max_iters} steps: raise --max_iters")
     checkpoint["config"] = asdict(config)
@@ -703,6 +733,8 @@ def main():
     if checkpoint["last"]:
         print(f"going on after step {checkpoint['last']['step']:,}")
     else:
+        if Path(config.out).exists():
+            print(f"note: {config.out} will be replaced at the first evaluation")
         with autocast:
             val_loss = evaluate(model, val_data, config)
         print(
@@ -710,13 +742,15 @@ def main():
             f"an even guess costs ln({tokenizer.vocab_size}) = {math.log(tokenizer.vocab_size):.4f}"
         )
 
-    if not train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
-        print(f"{CLEAR_LINE}saved; to go on: python char_gpt.py --resume --out {config.out}")
+    done = train(model, tokenizer, train_data, val_data, config, autocast, checkpoint)
+    if done < config.max_iters:
+        print(f"{CLEAR_LINE}stopped after step {done:,}, and saved {config.out}")
+        print(f"to go on: python char_gpt.py --resume --out {config.out}")
         return
-    _, _, last = checkpoint["history"][-1]
     best_step, _, best = min(checkpoint["history"], key=lambda row: row[2])
     print(
-        f"validation loss {last:.4f} at the end, {best:.4f} at best (step {best_step:,}; saved)\n"
+        f"validation loss {checkpoint['history'][-1][2]:.4f} at the end, "
+        f"{best:.4f} at best (step {best_step:,}, kept)\n"
         f"saved {config.out}; to sample from it: python sample.py {config.out}"
     )
 
@@ -728,3 +762,7 @@ if __name__ == "__main__":
         fail("interrupted")
     except (OSError, ValueError) as error:
         fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower() + type(error).__name__.lower():
+            raise
+        fail("out of memory: lower --batch_size or --block_size")

@@ -7,9 +7,9 @@
 
 A model gives each token a probability; these are the ways to pick one. Always the likeliest
 (--temperature 0) soon runs in circles. Drawing by the probabilities is true to the model, and now
-and then takes something silly from the long tail of unlikely tokens. In between, --temperature below
-1 makes likely tokens likelier still, --top_k keeps the k likeliest tokens only, and --top_p as many of
-them as it takes to sum up to a probability of p (nucleus sampling, Holtzman et al. 2020).
+and then takes something silly from the long tail of unlikely tokens. In between, --temperature
+below 1 makes likely tokens likelier still, --top_k keeps only the k likeliest tokens, and --top_p
+as many of them as it takes to reach a probability of p (nucleus sampling, Holtzman et al. 2020).
 """
 # /// script
 # requires-python = ">=3.11"
@@ -125,7 +125,8 @@ def main():
         idx = torch.tensor([tokenizer.encode(prompt)] * args.num_samples, device=device)
     except ValueError as error:
         raise ValueError(f"--prompt: {error}") from None
-    print(f"{path}: step {history[-1][0]:,}, validation loss {history[-1][2]:.4f}", file=sys.stderr)
+    best = min((val_loss for _, _, val_loss in history), default=math.inf)
+    print(f"{path}: best validation loss {best:.4f}", file=sys.stderr)
 
     torch.manual_seed(args.seed)
     choose = make_choice(args.temperature, args.top_k, args.top_p)

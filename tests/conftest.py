@@ -57,8 +57,8 @@ def one_line_error(script, *flags, cwd):
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory):
-    """A folder with what a fresh clone has, so without Tiny Shakespeare, and with a checkpoint of
-    each training script, made by its real command line: small models, offline, on the shipped play."""
+    """A folder with what a fresh clone has, so without Tiny Shakespeare, in which the real command
+    line of each training script has made a checkpoint: a small one, offline, of the shipped play."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("bigram.py", "char_gpt.py", "sample.py"):
         shutil.copy(ROOT / name, folder)

@@ -88,7 +88,7 @@ def test_a_pair_that_never_occurred_is_never_written():
 
 
 def train_on(path):
-    """Train the table with the settings that the script has. Returns it, the data and the config."""
+    """Train the table with the settings of the script. Returns it, the data and the config."""
     config = BigramConfig()
     text = path.read_text(encoding="utf-8")
     tokenizer = CharTokenizer(text)
@@ -108,7 +108,7 @@ def test_gradient_descent_finds_what_counting_finds():
 @needs_shakespeare
 def test_losses_on_tiny_shakespeare():
     """2.452 is the least that any bigram model can reach on the training text, and 2.482 is what
-    the counts plus one reach on the validation text. The trained table comes within 0.02 of both."""
+    counts plus one reach on the validation text. The trained table comes within 0.02 of both."""
     model, train_data, val_data, config = train_on(SHAKESPEARE)
     counts, counts_plus_one = [count_bigrams(train_data, config, add=n) for n in (0, 1)]
     assert evaluate(counts, train_data, config) == pytest.approx(2.452, abs=0.001)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -65,7 +66,8 @@ def test_shapes_of_logits_and_loss():
 
 def test_the_full_model_has_10_770_816_parameters():
     model = GPT(GPTConfig())
-    assert (model.config.n_layer, model.config.n_head, model.config.n_embd) == (6, 6, 384)
+    config = GPTConfig()
+    assert (config.n_layer, config.n_head, config.n_embd, config.block_size) == (6, 6, 384, 256)
     assert sum(p.numel() for p in model.parameters()) == 10_770_816
     C, V, T = 384, 65, 256
     block = 2 * 2 * C + (C + 1) * 3 * C + (C + 1) * C + (C + 1) * 4 * C + (4 * C + 1) * C
@@ -77,7 +79,8 @@ def test_parameters_have_the_names_of_gpt2():
     parts = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
     layers = [f"transformer.h.0.{part}" for part in parts] + ["transformer.ln_f"]
     expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-    assert names == expected | {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}
+    tables = {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}
+    assert names == expected | tables
 
 
 def test_input_and_output_embeddings_are_one():
@@ -160,7 +163,7 @@ def test_gelu_equals_pytorch(fused):
 def test_attention_equals_pytorch():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 16, 8)
-    same(attention, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v)
+    same(attention, partial(F.scaled_dot_product_attention, is_causal=True), q, k, v)
 
 
 def test_attention_is_an_average_of_past_values():
@@ -179,8 +182,9 @@ def test_causal_self_attention_equals_pytorch_multi_head_attention(fused):
     torch.manual_seed(0)
     ours = CausalSelfAttention(GPTConfig(**SMALL, fused=fused))
     theirs = nn.MultiheadAttention(32, 4, batch_first=True)
-    theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.c_attn.weight.data, ours.c_attn.bias.data
-    theirs.out_proj.weight.data, theirs.out_proj.bias.data = ours.c_proj.weight.data, ours.c_proj.bias.data
+    weights = [ours.c_attn.weight, ours.c_attn.bias, ours.c_proj.weight, ours.c_proj.bias]
+    for p, q in zip(theirs.parameters(), weights):
+        p.data = q.data
     mask = nn.Transformer.generate_square_subsequent_mask(16)
     reference = lambda x: theirs(x, x, x, attn_mask=mask, need_weights=False)[0]
     same(ours, reference, torch.randn(2, 16, 32))
@@ -245,7 +249,7 @@ def test_sequences_of_a_batch_do_not_mix():
 def test_a_small_gpt_learns_one_batch_by_heart():
     model = build().train()
     x = torch.randint(65, (4, 16))
-    optimizers = make_optimizers(model, model.config)
+    optimizers = make_optimizers(model, GPTConfig())
     for _ in range(300):
         _, loss = model(x, x.roll(-1, dims=1))
         loss.backward()
@@ -257,7 +261,7 @@ def test_a_small_gpt_learns_one_batch_by_heart():
 
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = build()
-    muon, adamw = make_optimizers(model, model.config)
+    muon, adamw = make_optimizers(model, GPTConfig())
     names = {id(p): name for name, p in model.named_parameters()}
     of_muon, of_adamw = (
         {names[id(p)] for group in o.param_groups for p in group["params"]} for o in (muon, adamw)
@@ -285,10 +289,8 @@ def test_dropout_is_for_training_only():
 
 def train_here(tmp_path, checkpoint=None, interrupted_at=None, **settings):
     """Train a tiny model with dropout on the shipped play; returns the checkpoint on disk."""
-    config = GPTConfig(
-        **{**SMALL, "dropout": 0.2, "batch_size": 4, "max_iters": 12, "eval_interval": 4, **settings},
-        out=str(tmp_path / "char_gpt.pt"),
-    )
+    few = {"dropout": 0.2, "batch_size": 4, "max_iters": 12, "eval_interval": 4}
+    config = GPTConfig(**{**SMALL, **few, **settings}, out=str(tmp_path / "char_gpt.pt"))
     text = PLAY.read_text(encoding="utf-8")[:4000]
     tokenizer = CharTokenizer(text)
     config.vocab_size = tokenizer.vocab_size
@@ -345,7 +347,8 @@ def test_the_weights_kept_for_sampling_are_the_best(tmp_path, monkeypatch):
     losses = [val_loss for _, _, val_loss in checkpoint["history"]]
     assert min(losses) == losses[1] < losses[2]
     model = GPT(config)
-    for weights, loss in ((checkpoint["model"], losses[1]), (checkpoint["last"]["model"], losses[2])):
+    kept, last = checkpoint["model"], checkpoint["last"]["model"]
+    for weights, loss in ((kept, losses[1]), (last, losses[2])):
         model.load_state_dict(weights)
         assert evaluate(model, val_data, config) == pytest.approx(loss, rel=1e-5)
 

@@ -62,7 +62,7 @@ def test_a_trained_model_speaks(clone, script):
     text, notes = run("sample.py", f"out/{script}.pt", *flags, cwd=clone)
     assert text.startswith("ISAURA:\n") and len(text) == len("ISAURA:\n") + 300 + 1
     assert f"out/{script}.pt" in notes and "validation loss" in notes
-    assert sum(c in " etaoin" for c in text) > 100, "it should have learned which letters are common"
+    assert sum(c in " etaoin" for c in text) > 100, "it should know which letters are common"
 
 
 def test_the_newest_checkpoint_speaks_by_default(clone):
