@@ -49,13 +49,13 @@ class BigramConfig:
     vocab_size: int = 65  # how many different characters there are
     data: str = ""  # text file to learn from (UTF-8); if none is named, Tiny Shakespeare
     offline: bool = False  # never fetch Tiny Shakespeare from the network
-    out: str = "out/bigram.pt"  # where to save the checkpoint, from which sample.py speaks
+    out: str = "out/bigram.pt"  # where to save the trained model, for sample.py to speak from
     seed: int = 1337  # the same seed gives the same run
     batch_size: int = 32  # sequences in a batch
-    block_size: int = 256  # characters in a sequence
+    block_size: int = 256  # characters in a sequence (one would do here; a GPT needs the row)
     max_iters: int = 300  # training steps, one batch each
     eval_interval: int = 100  # training steps between evaluations
-    learning_rate: float = 0.3  # size of the first step; later ones shrink to zero
+    learning_rate: float = 0.3  # how far the first step goes; later ones shrink towards zero
 
     def __post_init__(self):
         check_numbers(self, may_be_zero={"seed"})
@@ -96,16 +96,17 @@ def split_text(text):
 
 
 def get_batch(data, config, step):
-    """Returns inputs x and targets y, both (batch_size, block_size).
+    """Inputs x and targets y for one training step, both (B, T), which here and everywhere stands
+    for batch_size rows of block_size tokens.
 
-    Each row of x is a stretch of the text that starts at a random place, and y is the same stretch
+    A row of x is a stretch of the text from a random place on, and the row of y is the same stretch
     one token later: y[b, t] is what follows x[b, t], the right answer at that place. The batch
     depends on (seed, step) alone, so that a run can be repeated, or continued where it stopped.
     """
     rng = np.random.default_rng((config.seed, step))
-    starts = rng.integers(len(data) - config.block_size, size=(config.batch_size, 1))
-    window = torch.from_numpy(starts + np.arange(config.block_size + 1))  # (B, T + 1) places
-    tokens = data[window.to(data.device)]  # (B, T + 1)
+    starts = rng.integers(len(data) - config.block_size, size=(config.batch_size, 1))  # (B, 1)
+    places = torch.from_numpy(starts + np.arange(config.block_size + 1))  # (B, T + 1)
+    tokens = data[places.to(data.device)]  # (B, T + 1)
     return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -114,41 +115,46 @@ def get_batch(data, config, step):
 
 
 def cross_entropy(logits, targets):
-    """How surprised the model is by what really comes next, as one number: the loss.
+    """How surprised the model is, on average, by what really comes next: the loss.
 
     logits (..., vocab_size) are scores, one for each token that might come next. Softmax makes them
-    probabilities: exp(score), divided by the sum of all exp(score). The loss is -log of the
+    probabilities: exp(score), divided by the sum of all exp(score). The loss is -ln of the
     probability given to the right token, averaged over all of targets (...). A sure and right guess
     costs 0; an even guess among 65 costs ln(65) = 4.17; a sure and wrong one costs without bound.
     """
-    log_probs = logits - logits.logsumexp(dim=-1, keepdim=True)  # log of the softmax
-    return -log_probs.gather(-1, targets.unsqueeze(-1)).mean()  # the right token's, from each row
+    # ln(exp(score) / sum) is score - ln(sum); logsumexp takes the ln of the sum without overflow.
+    log_probs = logits - logits.logsumexp(dim=-1, keepdim=True)  # (..., vocab_size)
+    right = log_probs.gather(-1, targets.unsqueeze(-1))  # the right token's, (..., 1)
+    return -right.mean()
 
 
 class BigramLanguageModel(nn.Module):
-    """A table: row i holds the scores of every token that may follow token i."""
+    """A table: row i holds the scores of every token that may follow token i. PyTorch's Embedding
+    is such a table, whose rows are looked up by number, and whose numbers (the parameters) can be
+    trained. Calling a module, as in model(idx), runs its forward method."""
 
     block_size = 1  # how many tokens it looks back at: only the last
 
     def __init__(self, config):
         super().__init__()
         self.table = nn.Embedding(config.vocab_size, config.vocab_size)
-        nn.init.zeros_(self.table.weight)  # equal scores: to begin with, every token is as likely
+        nn.init.zeros_(self.table.weight)  # equal scores: at first, all tokens are equally likely
 
     def forward(self, idx, targets=None):
         """Token numbers idx (B, T) to logits (B, T, vocab_size), and the loss if targets (B, T) are
         given (else None)."""
-        logits = self.table(idx)  # (B, T, vocab_size): each token's row of the table
+        logits = self.table(idx)  # (B, T, vocab_size): for each token, its row of the table
         loss = None if targets is None else cross_entropy(logits, targets)
         return logits, loss
 
 
 def count_bigrams(data, config, add=0):
-    """The best bigram model that there is, without any training: how often each token follows
-    each other one. The table holds the logs of these counts, because softmax undoes the log.
+    """The best table for this data, without any training: count how often each token follows each.
+    The scores are the logs of the counts, so that softmax makes them shares of the row's total.
     Adding one to each count keeps a pair that was never seen from being thought impossible."""
     V = config.vocab_size
-    counts = torch.bincount(data[:-1] * V + data[1:], minlength=V * V).view(V, V)
+    pairs = data[:-1] * V + data[1:]  # token a, then token b: pair number a * V + b
+    counts = torch.bincount(pairs, minlength=V * V).view(V, V)
     model = BigramLanguageModel(config)
     model.table.weight.data = (counts + add).float().log()
     return model
@@ -163,14 +169,14 @@ def draw(logits):
     return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
 
 
-@torch.no_grad()
+@torch.no_grad()  # gradients are for training only
 def generate(model, idx, max_new_tokens, choose=draw):
     """Continue each row of idx (B, T): guess the next token, append the guess, guess again.
 
     Yields each column of new tokens (B, 1) as it is chosen, so that the text can be watched as it
     grows. `choose` turns the scores for the next token (B, vocab_size) into that token (B, 1).
     """
-    model.eval()
+    model.eval()  # for a model that has dropout: off
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.block_size :])  # (B, T, vocab_size)
         idx_next = choose(logits[:, -1, :])  # only the last position speaks of what is to come
@@ -187,14 +193,14 @@ def evaluate(model, data, config):
     """The mean loss over all of data, cut into windows of block_size tokens, side by side. (A few
     random windows would be quicker, but would give another number each time.)"""
     model.eval()
-    T, B = config.block_size, config.batch_size
-    n = (len(data) - 1) // T * T  # the tokens that fill whole windows
-    batches = [
-        *zip(data[:n].view(-1, T).split(B), data[1 : n + 1].view(-1, T).split(B)),
-        (data[None, n:-1], data[None, n + 1 :]),  # the rest, as one shorter window
-    ]
+    T = config.block_size
+
+    def windows(tokens):  # batches of whole windows (B, T), then the rest as one shorter window
+        n = len(tokens) // T * T
+        return [*tokens[:n].view(-1, T).split(config.batch_size), tokens[n:].view(1, -1)]
+
     total = 0.0
-    for x, y in batches:
+    for x, y in zip(windows(data[:-1]), windows(data[1:])):
         if y.numel() > 0:
             _, loss = model(x, y)
             total += loss.item() * y.numel()
@@ -202,8 +208,8 @@ def evaluate(model, data, config):
 
 
 def bits_per_byte(loss, data, tokenizer):
-    """The loss in a unit that is the same for every vocabulary, to compare models by: from nats per
-    token to bits (1 bit = ln 2 nats) per byte of the text behind the tokens."""
+    """The loss in a unit that is the same for every vocabulary, to compare models by: not per token
+    but per byte of the text behind the tokens, and with logarithms of base 2 (bits)."""
     n_bytes = len(tokenizer.decode(data.tolist()).encode("utf-8"))
     return loss / math.log(2) * len(data) / n_bytes
 
@@ -215,19 +221,20 @@ def bits_per_byte(loss, data, tokenizer):
 def train(model, tokenizer, train_data, val_data, config):
     """Gradient descent: ask how the loss of one batch changes with each number in the table (the
     gradient), move every number a little the way that lowers the loss, and do it again.
-    Returns the history: [step, training loss, validation loss] at each evaluation."""
-    # Rare characters have tiny gradients, and plain gradient descent would hardly move their rows.
-    # Adam (Kingma & Ba 2015) divides the step of each number by the usual size of its gradient.
+    Returns the history: [step, training loss, validation loss] at each evaluation, where the
+    training loss is the mean over the batches since the one before."""
+    # A rare character has little part in the loss, so its row has tiny gradients and would hardly
+    # move. Adam (Kingma & Ba 2015) divides each number's move by the usual size of its gradient.
     optimizer = torch.optim.Adam(model.parameters())
     history, losses, started = [], [], time.time()
     for step in range(config.max_iters):
-        for group in optimizer.param_groups:  # large steps to get near, ever smaller ones to settle
+        for group in optimizer.param_groups:  # far at first, to get near; then less, to settle
             group["lr"] = config.learning_rate * (1 - step / config.max_iters)
         x, y = get_batch(train_data, config, step)
         logits, loss = model(x, y)
-        optimizer.zero_grad()
-        loss.backward()  # compute the gradient
-        optimizer.step()  # take the step
+        loss.backward()  # goes back over all operations since the table: now the gradient is known
+        optimizer.step()  # moves the numbers in the table
+        optimizer.zero_grad()  # forgets the gradient; the next backward() would add to it
         losses.append(loss.item())
 
         done = step + 1
@@ -244,7 +251,7 @@ def print_evaluation(history, model, tokenizer, val_data, config):
     step, train_loss, val_loss = history[-1]
     bits = bits_per_byte(val_loss, val_data, tokenizer)
     torch.manual_seed(config.seed)
-    start = torch.zeros((1, 1), dtype=torch.long, device=val_data.device)  # token 0: the line break
+    start = torch.zeros((1, 1), dtype=torch.long, device=val_data.device)  # token 0: a line break
     ids = [column.item() for column in generate(model, start, max_new_tokens=120)]
     print(
         f"{CLEAR_LINE}step {step}/{config.max_iters}: training loss {train_loss:.4f}, "
@@ -279,6 +286,8 @@ def duration(seconds):
 # ---------------------------------------------------------------------------------------------
 # Files
 
+# Those who read for the idea can stop here. What is left keeps files safe and reads flags.
+
 DATA = Path(__file__).resolve().parent / "data"
 SHAKESPEARE = DATA / "tinyshakespeare.txt"  # 1 MB of the plays, put together by Andrej Karpathy
 SHAKESPEARE_URL = (
@@ -301,8 +310,8 @@ def load_text(config):
     train_text, val_text = split_text(text)
     if len(set(text)) < 2 or len(train_text) <= config.block_size or len(val_text) < 2:
         raise ValueError(
-            f"{path} is too short ({len(text):,} characters, {len(set(text))} distinct): it takes "
-            f"at least 2 distinct ones, and more than --block_size in its first 90%"
+            f"{path} is too little to learn from ({len(text):,} characters, {len(set(text))} "
+            f"distinct): it takes 2 distinct ones, and more than --block_size in the first 90%"
         )
     print(f"text: {path.name}, {len(text):,} characters, {len(set(text))} distinct")
     return text
@@ -329,6 +338,7 @@ def download(url, path, size, sha256):
     or partial one is never used. Raises OSError or HTTPException."""
     part = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=10) as response, open(part, "wb") as file:
             while file.tell() <= size and (chunk := response.read(1 << 16)):
                 file.write(chunk)
@@ -424,17 +434,17 @@ def main():
     n_tokens = config.batch_size * config.block_size
     print(
         f"model: bigram table, {n_params:,} parameters, on cpu in float32\n"
-        f"plan: {config.max_iters:,} steps of {n_tokens:,} tokens, a few seconds in all\n"
+        f"plan: {config.max_iters:,} steps of {n_tokens:,} tokens; 300 steps take a few seconds\n"
         f"before training: validation loss {evaluate(model, val_data, config):.4f}; "
         f"an even guess costs ln({tokenizer.vocab_size}) = {math.log(tokenizer.vocab_size):.4f}"
     )
 
     history = train(model, tokenizer, train_data, val_data, config)
 
-    learned = [evaluate(model, data, config) for data in (train_data, val_data)]
+    learned = evaluate(model, train_data, config), history[-1][2]
     counts = count_bigrams(train_data, config)
     counts_plus_one = count_bigrams(train_data, config, add=1)
-    best = evaluate(counts, train_data, config), evaluate(counts_plus_one, val_data, config)
+    counted = evaluate(counts, train_data, config), evaluate(counts_plus_one, val_data, config)
     save_checkpoint(
         config.out,
         {
@@ -446,8 +456,8 @@ def main():
         },
     )
     print(
-        f"table learned step by step: training loss {learned[0]:.4f}, validation {learned[1]:.4f}\n"
-        f"best table, from counting:  training loss {best[0]:.4f}, validation {best[1]:.4f}\n"
+        f"loss on all training text: learned {learned[0]:.4f}, counted {counted[0]:.4f}\n"
+        f"on all validation text: learned {learned[1]:.4f}, counted (plus one) {counted[1]:.4f}\n"
         f"saved {config.out}; to sample from it: python sample.py {config.out}"
     )
 

@@ -22,7 +22,6 @@ import argparse
 import copy
 import hashlib
 import http.client
-import importlib.util
 import inspect
 import math
 import os
@@ -58,12 +57,12 @@ class GPTConfig:
     fused: bool = True  # use PyTorch's own code for what is written out below: same results
     data: str = ""  # text file to learn from (UTF-8); if none is named, Tiny Shakespeare
     offline: bool = False  # never fetch Tiny Shakespeare from the network
-    out: str = "out/char_gpt.pt"  # where to save the checkpoint, from which sample.py speaks
-    resume: bool = False  # go on from the checkpoint with the settings it was made with
+    out: str = "out/char_gpt.pt"  # where to save the trained model, for sample.py to speak from
+    resume: bool = False  # go on with the run saved there, with its settings
     full: bool = False  # train the model of these settings on a CPU too, not the small one
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is there
     dtype: str = "auto"  # of matrix products: float32 or bfloat16; auto: whichever is fast here
-    compile: bool = True  # on an NVIDIA GPU, let torch.compile merge operations
+    compile: bool = True  # on a CUDA GPU, use torch.compile where it works
     seed: int = 1337  # the same seed gives the same run
     batch_size: int = 16  # sequences in a batch
     block_size: int = 256  # characters in a sequence: how far back the model can look
@@ -131,16 +130,17 @@ def split_text(text):
 
 
 def get_batch(data, config, step):
-    """Returns inputs x and targets y, both (batch_size, block_size).
+    """Inputs x and targets y for one training step, both (B, T), which here and everywhere stands
+    for batch_size rows of block_size tokens.
 
-    Each row of x is a stretch of the text that starts at a random place, and y is the same stretch
+    A row of x is a stretch of the text from a random place on, and the row of y is the same stretch
     one token later: y[b, t] is what follows x[b, t], the right answer at that place. The batch
     depends on (seed, step) alone, so that a run can be repeated, or continued where it stopped.
     """
     rng = np.random.default_rng((config.seed, step))
-    starts = rng.integers(len(data) - config.block_size, size=(config.batch_size, 1))
-    window = torch.from_numpy(starts + np.arange(config.block_size + 1))  # (B, T + 1) places
-    tokens = data[window.to(data.device)]  # (B, T + 1)
+    starts = rng.integers(len(data) - config.block_size, size=(config.batch_size, 1))  # (B, 1)
+    places = torch.from_numpy(starts + np.arange(config.block_size + 1))  # (B, T + 1)
+    tokens = data[places.to(data.device)]  # (B, T + 1)
     return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -318,14 +318,14 @@ def draw(logits):
     return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
 
 
-@torch.no_grad()
+@torch.no_grad()  # gradients are for training only
 def generate(model, idx, max_new_tokens, choose=draw):
     """Continue each row of idx (B, T): guess the next token, append the guess, guess again.
 
     Yields each column of new tokens (B, 1) as it is chosen, so that the text can be watched as it
     grows. `choose` turns the scores for the next token (B, vocab_size) into that token (B, 1).
     """
-    model.eval()
+    model.eval()  # for a model that has dropout: off
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.block_size :])  # (B, T, vocab_size)
         idx_next = choose(logits[:, -1, :])  # only the last position speaks of what is to come
@@ -342,14 +342,14 @@ def evaluate(model, data, config):
     """The mean loss over all of data, cut into windows of block_size tokens, side by side. (A few
     random windows would be quicker, but would give another number each time.)"""
     model.eval()
-    T, B = config.block_size, config.batch_size
-    n = (len(data) - 1) // T * T  # the tokens that fill whole windows
-    batches = [
-        *zip(data[:n].view(-1, T).split(B), data[1 : n + 1].view(-1, T).split(B)),
-        (data[None, n:-1], data[None, n + 1 :]),  # the rest, as one shorter window
-    ]
+    T = config.block_size
+
+    def windows(tokens):  # batches of whole windows (B, T), then the rest as one shorter window
+        n = len(tokens) // T * T
+        return [*tokens[:n].view(-1, T).split(config.batch_size), tokens[n:].view(1, -1)]
+
     total = 0.0
-    for x, y in batches:
+    for x, y in zip(windows(data[:-1]), windows(data[1:])):
         if y.numel() > 0:
             _, loss = model(x, y)
             total += loss.item() * y.numel()
@@ -357,8 +357,8 @@ def evaluate(model, data, config):
 
 
 def bits_per_byte(loss, data, tokenizer):
-    """The loss in a unit that is the same for every vocabulary, to compare models by: from nats per
-    token to bits (1 bit = ln 2 nats) per byte of the text behind the tokens."""
+    """The loss in a unit that is the same for every vocabulary, to compare models by: not per token
+    but per byte of the text behind the tokens, and with logarithms of base 2 (bits)."""
     n_bytes = len(tokenizer.decode(data.tolist()).encode("utf-8"))
     return loss / math.log(2) * len(data) / n_bytes
 
@@ -412,9 +412,9 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         for optimizer, state in zip(optimizers, last["optimizers"]):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     forward = model
-    if config.compile and train_data.is_cuda and importlib.util.find_spec("triton"):
-        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-        forward = torch.compile(model)
+    if config.compile and train_data.is_cuda:
+        with autocast:
+            forward = try_compile(model, *get_batch(train_data, config, first))
     interrupts = catch_interrupts()
     for step in range(first, config.max_iters):
         share = learning_rate_share(step, config)
@@ -462,6 +462,18 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
     return done
 
 
+def try_compile(model, x, y):
+    """The model, made faster by torch.compile, which merges its many small operations; or the model
+    as it is, where that does not work (it takes Triton and a C compiler)."""
+    try:
+        compiled = torch.compile(model)
+        compiled(x, y)[1].backward()  # compiling is put off until the first use
+        model.zero_grad()
+        return compiled
+    except Exception:  # of many kinds, none of them a reason not to train
+        return model
+
+
 def catch_interrupts():
     """Returns a list that Ctrl-C makes longer, so that the step in hand can be finished and saved.
     A second Ctrl-C ends the program at once."""
@@ -480,7 +492,7 @@ def print_evaluation(history, model, tokenizer, val_data, config):
     step, train_loss, val_loss = history[-1]
     bits = bits_per_byte(val_loss, val_data, tokenizer)
     torch.manual_seed(config.seed)
-    start = torch.zeros((1, 1), dtype=torch.long, device=val_data.device)  # token 0: the line break
+    start = torch.zeros((1, 1), dtype=torch.long, device=val_data.device)  # token 0: a line break
     ids = [column.item() for column in generate(model, start, max_new_tokens=120)]
     print(
         f"{CLEAR_LINE}step {step}/{config.max_iters}: training loss {train_loss:.4f}, "
@@ -515,6 +527,8 @@ def duration(seconds):
 # ---------------------------------------------------------------------------------------------
 # Files
 
+# Those who read for the idea can stop here. What is left keeps files safe and reads flags.
+
 DATA = Path(__file__).resolve().parent / "data"
 SHAKESPEARE = DATA / "tinyshakespeare.txt"  # 1 MB of the plays, put together by Andrej Karpathy
 SHAKESPEARE_URL = (
@@ -537,8 +551,8 @@ def load_text(config):
     train_text, val_text = split_text(text)
     if len(set(text)) < 2 or len(train_text) <= config.block_size or len(val_text) < 2:
         raise ValueError(
-            f"{path} is too short ({len(text):,} characters, {len(set(text))} distinct): it takes "
-            f"at least 2 distinct ones, and more than --block_size in its first 90%"
+            f"{path} is too little to learn from ({len(text):,} characters, {len(set(text))} "
+            f"distinct): it takes 2 distinct ones, and more than --block_size in the first 90%"
         )
     print(f"text: {path.name}, {len(text):,} characters, {len(set(text))} distinct")
     return text
@@ -565,6 +579,7 @@ def download(url, path, size, sha256):
     or partial one is never used. Raises OSError or HTTPException."""
     part = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=10) as response, open(part, "wb") as file:
             while file.tell() <= size and (chunk := response.read(1 << 16)):
                 file.write(chunk)

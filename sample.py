@@ -149,3 +149,7 @@ if __name__ == "__main__":
         fail("interrupted")
     except (OSError, ValueError) as error:
         fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower() + type(error).__name__.lower():
+            raise
+        fail("out of memory: lower --num_samples")

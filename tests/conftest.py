@@ -58,7 +58,7 @@ def one_line_error(script, *flags, cwd):
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory):
     """A folder with what a fresh clone has, so without Tiny Shakespeare, in which the real command
-    line of each training script has made a checkpoint: a small one, offline, of the shipped play."""
+    line of each training script has made a checkpoint: a small one, offline, of the shipped text"""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("bigram.py", "char_gpt.py", "sample.py"):
         shutil.copy(ROOT / name, folder)

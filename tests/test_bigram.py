@@ -121,6 +121,5 @@ def test_the_command_shows_both_optima(clone):
     output = (clone / "logs" / "bigram.txt").read_text(encoding="utf-8")
     assert "4,225 parameters" in output and "using a shorter play" in output
     assert re.search(r"before training: validation loss 4\.174\d; .* ln\(65\) = 4\.1744", output)
-    learned = re.search(r"learned step by step: training loss (\d\.\d+)", output)[1]
-    counted = re.search(r"from counting: +training loss (\d\.\d+)", output)[1]
+    learned, counted = re.search(r"training text: learned (\S+), counted (\S+)\n", output).groups()
     assert float(counted) < float(learned) < float(counted) + 0.2

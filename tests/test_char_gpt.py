@@ -287,6 +287,18 @@ def test_dropout_is_for_training_only():
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
+def test_where_compiling_fails_the_model_runs_as_it_is(monkeypatch):
+    def no_compiler(model):
+        raise RuntimeError("no C compiler")
+
+    model, idx = build(), torch.randint(65, (2, 16))
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    assert char_gpt.try_compile(model, idx, idx) is model
+    assert all(p.grad is None for p in model.parameters())
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    assert char_gpt.try_compile(model, idx, idx) is model
+
+
 def train_here(tmp_path, checkpoint=None, interrupted_at=None, **settings):
     """Train a tiny model with dropout on the shipped play; returns the checkpoint on disk."""
     few = {"dropout": 0.2, "batch_size": 4, "max_iters": 12, "eval_interval": 4}

@@ -1,0 +1,41 @@
+"""README.md: what it names is there, and what it says of the scripts is so."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.splitlines()]
+COMMANDS = [line for line in LINES if re.match(r"python \w+\.py", line)]
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize("script", ["bigram.py", "char_gpt.py", "sample.py"])
+def test_every_command_has_flags_that_its_script_knows(script):
+    known = run(ROOT / script, "--help", cwd=ROOT)[0]
+    mine = [shlex.split(line, comments=True) for line in COMMANDS if f" {script}" in line]
+    assert mine
+    for command in mine:
+        for flag in [word for word in command if word.startswith("--")]:
+            assert re.search(rf"{flag}\b", known), f"{script} has no {flag}"
+
+
+def test_set_up_takes_one_command_for_a_run_and_one_for_the_tests():
+    start = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
+    start += ".venv/bin/python "
+    commands = [line.removeprefix(start) for line in LINES if line.startswith(start)]
+    assert commands == ["char_gpt.py", "-m pytest"]
+    assert (ROOT / "requirements.txt").exists()
+
+
+def test_files_and_line_counts_are_as_the_readme_says():
+    for link in re.findall(r"\]\(([^):]+)\)", README):
+        assert (ROOT / link).exists(), link
+    for script, count in re.findall(r"^\| \[`(\w+\.py)`\]\(\w+\.py\) \| (\d+) \|", README, re.M):
+        assert len((ROOT / script).read_text(encoding="utf-8").splitlines()) == int(count), script
