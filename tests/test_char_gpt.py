@@ -190,6 +190,37 @@ def test_causal_self_attention_equals_pytorch_multi_head_attention(fused):
     same(ours, reference, torch.randn(2, 16, 32))
 
 
+def test_a_block_equals_pytorch_transformer_layer(fused):
+    torch.manual_seed(0)
+    ours = Block(GPTConfig(**SMALL, fused=fused))
+    gelu = nn.GELU(approximate="tanh")
+    theirs = nn.TransformerEncoderLayer(32, 4, 128, 0.0, gelu, batch_first=True, norm_first=True)
+    for part, layer in (
+        (ours.attn.c_proj, theirs.self_attn.out_proj),
+        (ours.mlp.c_fc, theirs.linear1),
+        (ours.mlp.c_proj, theirs.linear2),
+        (ours.ln_1, theirs.norm1),
+        (ours.ln_2, theirs.norm2),
+    ):
+        part.weight, part.bias = layer.weight, layer.bias
+    ours.attn.c_attn.weight = theirs.self_attn.in_proj_weight
+    ours.attn.c_attn.bias = theirs.self_attn.in_proj_bias
+    mask = nn.Transformer.generate_square_subsequent_mask(16)
+    same(ours, partial(theirs, src_mask=mask), torch.randn(2, 16, 32))
+
+
+def test_gpt_is_embeddings_blocks_norm_and_scores():
+    model, idx = build(), torch.randint(65, (2, 16))
+    parts = model.transformer
+    x = parts.wte.weight[idx] + parts.wpe.weight[:16]
+    for block in parts.h:
+        x = block(x)
+    x = F.layer_norm(x, (32,), parts.ln_f.weight, parts.ln_f.bias)
+    logits, loss = model(idx, idx)
+    assert torch.allclose(logits, x @ parts.wte.weight.T, atol=1e-6)
+    assert torch.allclose(loss, -logits.log_softmax(-1).gather(-1, idx[..., None]).mean())
+
+
 def test_fused_and_by_hand_are_the_same_model():
     model, by_hand = build(fused=True), build(fused=False)
     by_hand.load_state_dict(model.state_dict())

@@ -193,11 +193,13 @@ def test_generation_yields_each_token_as_soon_as_it_is_chosen():
 
     def model(idx):
         calls.append(idx.shape)
-        return torch.zeros(*idx.shape, 65), None
+        logits = torch.zeros(*idx.shape, 65)
+        logits[:, -1, 7] = 100  # at the last position, sure of token 7
+        return logits, None
 
     model.eval, model.block_size = lambda: None, 4
     tokens = bigram.generate(model, torch.zeros(2, 3, dtype=torch.long), max_new_tokens=5)
-    assert next(tokens).shape == (2, 1) and calls == [(2, 3)]
+    assert next(tokens).tolist() == [[7], [7]] and calls == [(2, 3)]
     assert len(list(tokens)) == 4
     assert calls[-1] == (2, 4), "the model must not be shown more than block_size tokens"
 
