@@ -329,7 +329,8 @@ def find_shakespeare(config):
         download(SHAKESPEARE_URL, SHAKESPEARE, 1_115_394, SHAKESPEARE_SHA256)
         return SHAKESPEARE
     except (OSError, http.client.HTTPException) as error:
-        print(f"no Tiny Shakespeare ({error}): using a shorter play, written for these scripts")
+        reason = getattr(error, "reason", error)
+        print(f"no Tiny Shakespeare ({reason}): using a shorter play, written for these scripts")
         return SHIPPED_PLAY
 
 
