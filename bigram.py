@@ -1,9 +1,10 @@
 """A bigram language model: the smallest program that learns to write.
 
 It guesses the next character from the current one alone, by looking it up in a table of 65 x 65
-numbers. The table is a poor writer, but all that stands around it is the real thing: text turned
-into numbers, batches, a loss, gradient descent, a test on text held back, and sampling. char_gpt.py
-keeps all of that and puts a transformer in the table's place.
+numbers. The table is a poor writer, but everything around it is the real thing: text turned into
+numbers, batches, a loss (how surprised the model is by the text; training makes it small), gradient
+descent, a test on text held back, and sampling. char_gpt.py keeps all of that, and puts a
+transformer in the table's place.
 
     python bigram.py                        # a few seconds on any machine
     python bigram.py --data my_text.txt     # learn from another text
@@ -43,16 +44,16 @@ import torch.nn.functional as F
 
 @dataclass
 class BigramConfig:
-    """Every setting. Each is also a flag, as in `--max_iters 100`, except that the text itself
-    decides vocab_size."""
+    """Every setting. Each is also a flag, as in `--max_iters 100`; only vocab_size comes from the
+    text itself."""
 
     vocab_size: int = 65  # how many different characters there are
-    data: str = ""  # text file to learn from (UTF-8); if none is named, Tiny Shakespeare
+    data: str = ""  # text file to learn from (UTF-8); if none is given, Tiny Shakespeare
     offline: bool = False  # never fetch Tiny Shakespeare from the network
-    out: str = "out/bigram.pt"  # where to save the trained model, for sample.py to speak from
+    out: str = "out/bigram.pt"  # where to save the trained model, for sample.py to use
     seed: int = 1337  # the same seed gives the same run
     batch_size: int = 32  # sequences in a batch
-    block_size: int = 256  # characters in a sequence (one would do here; a GPT needs the row)
+    block_size: int = 256  # characters in a sequence (a table could do with 1, a GPT cannot)
     max_iters: int = 300  # training steps, one batch each
     eval_interval: int = 100  # training steps between evaluations
     learning_rate: float = 0.3  # how far the first step goes; later ones shrink towards zero
@@ -89,19 +90,19 @@ class CharTokenizer:
 
 
 def split_text(text):
-    """The first 90% of the text to train on, and the last 10% to validate: a model that has merely
-    learned its text by heart does badly on text that it has never seen."""
+    """The first 90% of the text to train on, and the last 10% to validate on: a model that merely
+    knows its text by heart does badly on text that it has never seen."""
     n = int(0.9 * len(text))
     return text[:n], text[n:]
 
 
 def get_batch(data, config, step):
-    """Inputs x and targets y for one training step, both (B, T), which here and everywhere stands
-    for batch_size rows of block_size tokens.
+    """Inputs x and targets y for one training step. Both are (B, T): B = batch_size rows of
+    T = block_size tokens. Shapes will be written like this from here on.
 
     A row of x is a stretch of the text from a random place on, and the row of y is the same stretch
     one token later: y[b, t] is what follows x[b, t], the right answer at that place. The batch
-    depends on (seed, step) alone, so that a run can be repeated, or continued where it stopped.
+    depends on (seed, step) alone, so that a run can be repeated exactly.
     """
     rng = np.random.default_rng((config.seed, step))
     starts = rng.integers(len(data) - config.block_size, size=(config.batch_size, 1))  # (B, 1)
@@ -120,12 +121,13 @@ def cross_entropy(logits, targets):
     logits (..., vocab_size) are scores, one for each token that might come next. Softmax makes them
     probabilities: exp(score), divided by the sum of all exp(score). The loss is -ln of the
     probability given to the right token, averaged over all of targets (...). A sure and right guess
-    costs 0; an even guess among 65 costs ln(65) = 4.17; a sure and wrong one costs without bound.
+    costs 0; an even guess among 65 costs ln(65) = 4.17; a sure and wrong one can cost any amount.
+    (The three dots stand for any dimensions that come before the last, here B and T.)
     """
-    # ln(exp(score) / sum) is score - ln(sum); logsumexp takes the ln of the sum without overflow.
+    # ln(exp(score) / sum) is score - ln(sum); logsumexp computes ln(sum) over the last dimension.
     log_probs = logits - logits.logsumexp(dim=-1, keepdim=True)  # (..., vocab_size)
-    right = log_probs.gather(-1, targets.unsqueeze(-1))  # the right token's, (..., 1)
-    return -right.mean()
+    # gather takes from each row of log_probs the one entry whose number stands in targets.
+    return -log_probs.gather(-1, targets.unsqueeze(-1)).mean()
 
 
 class BigramLanguageModel(nn.Module):
@@ -133,7 +135,7 @@ class BigramLanguageModel(nn.Module):
     is such a table, whose rows are looked up by number, and whose numbers (the parameters) can be
     trained. Calling a module, as in model(idx), runs its forward method."""
 
-    block_size = 1  # how many tokens it looks back at: only the last
+    block_size = 1  # the most tokens that the model can make use of, however long the rows are
 
     def __init__(self, config):
         super().__init__()
@@ -149,9 +151,10 @@ class BigramLanguageModel(nn.Module):
 
 
 def count_bigrams(data, config, add=0):
-    """The best table for this data, without any training: count how often each token follows each.
-    The scores are the logs of the counts, so that softmax makes them shares of the row's total.
-    Adding one to each count keeps a pair that was never seen from being thought impossible."""
+    """The table with the least loss on this data, found without training, to compare with: count
+    how often each token follows each other. The scores are the logs of the counts, which softmax
+    turns into shares of their row. For use on other data, add=1 to each count keeps a pair that was
+    never seen (a count of 0, a score of minus infinity) from being thought impossible."""
     V = config.vocab_size
     pairs = data[:-1] * V + data[1:]  # token a, then token b: pair number a * V + b
     counts = torch.bincount(pairs, minlength=V * V).view(V, V)
@@ -176,10 +179,10 @@ def generate(model, idx, max_new_tokens, choose=draw):
     Yields each column of new tokens (B, 1) as it is chosen, so that the text can be watched as it
     grows. `choose` turns the scores for the next token (B, vocab_size) into that token (B, 1).
     """
-    model.eval()  # for a model that has dropout: off
+    model.eval()  # tells a model that behaves otherwise in training that this is not training
     for _ in range(max_new_tokens):
-        logits, _ = model(idx[:, -model.block_size :])  # (B, T, vocab_size)
-        idx_next = choose(logits[:, -1, :])  # only the last position speaks of what is to come
+        logits, _ = model(idx[:, -model.block_size :])  # (B, T, vocab_size): scores at each place
+        idx_next = choose(logits[:, -1, :])  # those at the last place are for the token to come
         idx = torch.cat((idx, idx_next), dim=1)  # (B, T + 1)
         yield idx_next
 
@@ -190,8 +193,8 @@ def generate(model, idx, max_new_tokens, choose=draw):
 
 @torch.no_grad()
 def evaluate(model, data, config):
-    """The mean loss over all of data, cut into windows of block_size tokens, side by side. (A few
-    random windows would be quicker, but would give another number each time.)"""
+    """The mean loss over all of data, cut into windows of block_size tokens, end to end. (A few
+    random windows would be quicker, but would give a different number each time.)"""
     model.eval()
     T = config.block_size
 
@@ -199,7 +202,7 @@ def evaluate(model, data, config):
         n = len(tokens) // T * T
         return [*tokens[:n].view(-1, T).split(config.batch_size), tokens[n:].view(1, -1)]
 
-    total = 0.0
+    total = 0.0  # of the loss, over tokens: the windows count by their length
     for x, y in zip(windows(data[:-1]), windows(data[1:])):
         if y.numel() > 0:
             _, loss = model(x, y)
@@ -222,9 +225,10 @@ def train(model, tokenizer, train_data, val_data, config):
     """Gradient descent: ask how the loss of one batch changes with each number in the table (the
     gradient), move every number a little the way that lowers the loss, and do it again.
     Returns the history: [step, training loss, validation loss] at each evaluation, where the
-    training loss is the mean over the batches since the one before."""
-    # A rare character has little part in the loss, so its row has tiny gradients and would hardly
-    # move. Adam (Kingma & Ba 2015) divides each number's move by the usual size of its gradient.
+    training loss is the mean over the batches since the previous evaluation."""
+    # If numbers simply moved in proportion to their gradients, the rows of rare characters, which
+    # have little part in the loss, would hardly move. Adam (Kingma & Ba 2015) divides each move by
+    # the usual size of the number's gradient, so that all move by about the learning rate ("lr").
     optimizer = torch.optim.Adam(model.parameters())
     history, losses, started = [], [], time.time()
     for step in range(config.max_iters):
@@ -232,7 +236,7 @@ def train(model, tokenizer, train_data, val_data, config):
             group["lr"] = config.learning_rate * (1 - step / config.max_iters)
         x, y = get_batch(train_data, config, step)
         logits, loss = model(x, y)
-        loss.backward()  # goes back over all operations since the table: now the gradient is known
+        loss.backward()  # PyTorch has kept track: the chain rule, from the loss back to the table
         optimizer.step()  # moves the numbers in the table
         optimizer.zero_grad()  # forgets the gradient; the next backward() would add to it
         losses.append(loss.item())
@@ -261,7 +265,7 @@ def print_evaluation(history, model, tokenizer, val_data, config):
 
 
 def print_progress(step, steps_here, loss, started, config):
-    """How far the run is, how fast, and how long it will take yet."""
+    """How far the run is, how fast it goes, and how much time is left."""
     seconds = (time.time() - started) / steps_here  # per step
     print_live(
         f"step {step}/{config.max_iters}: loss {loss:.3f}, "
@@ -270,7 +274,7 @@ def print_progress(step, steps_here, loss, started, config):
     )
 
 
-CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""  # makes a terminal forget the current line
+CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""  # erases a terminal's current line
 
 
 def print_live(text):
@@ -286,7 +290,7 @@ def duration(seconds):
 # ---------------------------------------------------------------------------------------------
 # Files
 
-# Those who read for the idea can stop here. What is left keeps files safe and reads flags.
+# Those who read for the idea can skip to main(). What lies between keeps files safe, reads flags.
 
 DATA = Path(__file__).resolve().parent / "data"
 SHAKESPEARE = DATA / "tinyshakespeare.txt"  # 1 MB of the plays, put together by Andrej Karpathy

@@ -46,8 +46,8 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    """Every setting. Each is also a flag, as in `--max_iters 100`, except that the text itself
-    decides vocab_size. The values are those of the full model; CPU_SETTINGS has the small one's."""
+    """Every setting. Each is also a flag, as in `--max_iters 100`; only vocab_size comes from the
+    text itself. The values are those of the full model; CPU_SETTINGS has the small one's."""
 
     vocab_size: int = 65  # how many different characters there are
     n_layer: int = 6  # blocks, one after the other, through which each token passes
@@ -55,9 +55,9 @@ class GPTConfig:
     n_embd: int = 384  # numbers that stand for a character on its way through the blocks
     dropout: float = 0.25  # share of those set to zero in training, so that none is relied on
     fused: bool = True  # use PyTorch's own code for what is written out below: same results
-    data: str = ""  # text file to learn from (UTF-8); if none is named, Tiny Shakespeare
+    data: str = ""  # text file to learn from (UTF-8); if none is given, Tiny Shakespeare
     offline: bool = False  # never fetch Tiny Shakespeare from the network
-    out: str = "out/char_gpt.pt"  # where to save the trained model, for sample.py to speak from
+    out: str = "out/char_gpt.pt"  # where to save the trained model, for sample.py to use
     resume: bool = False  # go on with the run saved there, with its settings
     full: bool = False  # train the model of these settings on a CPU too, not the small one
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is there
@@ -123,19 +123,19 @@ class CharTokenizer:
 
 
 def split_text(text):
-    """The first 90% of the text to train on, and the last 10% to validate: a model that has merely
-    learned its text by heart does badly on text that it has never seen."""
+    """The first 90% of the text to train on, and the last 10% to validate on: a model that merely
+    knows its text by heart does badly on text that it has never seen."""
     n = int(0.9 * len(text))
     return text[:n], text[n:]
 
 
 def get_batch(data, config, step):
-    """Inputs x and targets y for one training step, both (B, T), which here and everywhere stands
-    for batch_size rows of block_size tokens.
+    """Inputs x and targets y for one training step. Both are (B, T): B = batch_size rows of
+    T = block_size tokens. Shapes will be written like this from here on.
 
     A row of x is a stretch of the text from a random place on, and the row of y is the same stretch
     one token later: y[b, t] is what follows x[b, t], the right answer at that place. The batch
-    depends on (seed, step) alone, so that a run can be repeated, or continued where it stopped.
+    depends on (seed, step) alone, so that a run can be repeated exactly.
     """
     rng = np.random.default_rng((config.seed, step))
     starts = rng.integers(len(data) - config.block_size, size=(config.batch_size, 1))  # (B, 1)
@@ -325,10 +325,10 @@ def generate(model, idx, max_new_tokens, choose=draw):
     Yields each column of new tokens (B, 1) as it is chosen, so that the text can be watched as it
     grows. `choose` turns the scores for the next token (B, vocab_size) into that token (B, 1).
     """
-    model.eval()  # for a model that has dropout: off
+    model.eval()  # tells a model that behaves otherwise in training that this is not training
     for _ in range(max_new_tokens):
-        logits, _ = model(idx[:, -model.block_size :])  # (B, T, vocab_size)
-        idx_next = choose(logits[:, -1, :])  # only the last position speaks of what is to come
+        logits, _ = model(idx[:, -model.block_size :])  # (B, T, vocab_size): scores at each place
+        idx_next = choose(logits[:, -1, :])  # those at the last place are for the token to come
         idx = torch.cat((idx, idx_next), dim=1)  # (B, T + 1)
         yield idx_next
 
@@ -339,8 +339,8 @@ def generate(model, idx, max_new_tokens, choose=draw):
 
 @torch.no_grad()
 def evaluate(model, data, config):
-    """The mean loss over all of data, cut into windows of block_size tokens, side by side. (A few
-    random windows would be quicker, but would give another number each time.)"""
+    """The mean loss over all of data, cut into windows of block_size tokens, end to end. (A few
+    random windows would be quicker, but would give a different number each time.)"""
     model.eval()
     T = config.block_size
 
@@ -348,7 +348,7 @@ def evaluate(model, data, config):
         n = len(tokens) // T * T
         return [*tokens[:n].view(-1, T).split(config.batch_size), tokens[n:].view(1, -1)]
 
-    total = 0.0
+    total = 0.0  # of the loss, over tokens: the windows count by their length
     for x, y in zip(windows(data[:-1]), windows(data[1:])):
         if y.numel() > 0:
             _, loss = model(x, y)
@@ -502,7 +502,7 @@ def print_evaluation(history, model, tokenizer, val_data, config):
 
 
 def print_progress(step, steps_here, loss, started, config):
-    """How far the run is, how fast, and how long it will take yet."""
+    """How far the run is, how fast it goes, and how much time is left."""
     seconds = (time.time() - started) / steps_here  # per step
     print_live(
         f"step {step}/{config.max_iters}: loss {loss:.3f}, "
@@ -511,7 +511,7 @@ def print_progress(step, steps_here, loss, started, config):
     )
 
 
-CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""  # makes a terminal forget the current line
+CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""  # erases a terminal's current line
 
 
 def print_live(text):
@@ -527,7 +527,7 @@ def duration(seconds):
 # ---------------------------------------------------------------------------------------------
 # Files
 
-# Those who read for the idea can stop here. What is left keeps files safe and reads flags.
+# Those who read for the idea can skip to main(). What lies between keeps files safe, reads flags.
 
 DATA = Path(__file__).resolve().parent / "data"
 SHAKESPEARE = DATA / "tinyshakespeare.txt"  # 1 MB of the plays, put together by Andrej Karpathy
