@@ -10,7 +10,7 @@ transformer in the table's place.
     python bigram.py --data my_text.txt     # learn from another text
     python bigram.py --help                 # every setting
 
-On Tiny Shakespeare the loss falls from 4.17 to 2.48, and the babble begins to look like words.
+On Tiny Shakespeare the loss falls from 4.17 to 2.49, and the babble begins to look like words.
 Read next: char_gpt.py; `diff bigram.py char_gpt.py` shows what a transformer adds.
 """
 # /// script

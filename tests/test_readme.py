@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-LINES = [line for block in BLOCKS for line in block.splitlines()]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+LINES = [line for kind, block in BLOCKS if kind == "" for line in block.splitlines()]
 COMMANDS = [line for line in LINES if re.match(r"python \w+\.py", line)]
 
 
