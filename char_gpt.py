@@ -53,7 +53,7 @@ class GPTConfig:
     n_layer: int = 6  # blocks, one after the other, through which each token passes
     n_head: int = 6  # attention heads in each block
     n_embd: int = 384  # numbers that stand for a character on its way through the blocks
-    dropout: float = 0.25  # share of those set to zero in training, so that none is relied on
+    dropout: float = 0.25  # share of those zeroed at random in training, so that none is vital
     fused: bool = True  # use PyTorch's own code for what is written out below: same results
     data: str = ""  # text file to learn from (UTF-8); if none is given, Tiny Shakespeare
     offline: bool = False  # never fetch Tiny Shakespeare from the network
@@ -607,7 +607,7 @@ def load_checkpoint(path, *scripts):
         if checkpoint["script"] in scripts and parts <= checkpoint.keys():
             return checkpoint
     except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror})") from None
+        raise ValueError(f"cannot read {path} ({error.strerror}): train that model first") from None
     except Exception:  # a damaged file can trip its reader in any way
         pass
     raise ValueError(f"{path} is not a checkpoint of {' or '.join(f'{s}.py' for s in scripts)}")
