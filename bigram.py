@@ -230,12 +230,13 @@ def train(model, tokenizer, train_data, val_data, config):
     # have little part in the loss, would hardly move. Adam (Kingma & Ba 2015) divides each move by
     # the usual size of the number's gradient, so that all move by about the learning rate ("lr").
     optimizer = torch.optim.Adam(model.parameters())
-    history, losses, started = [], [], time.time()
+    history, losses, started = [], [], time.perf_counter()
     for step in range(config.max_iters):
         for group in optimizer.param_groups:  # far at first, to get near; then less, to settle
             group["lr"] = config.learning_rate * (1 - step / config.max_iters)
         x, y = get_batch(train_data, config, step)
         logits, loss = model(x, y)
+        check_loss(loss.item(), step)
         loss.backward()  # PyTorch has kept track: the chain rule, from the loss back to the table
         optimizer.step()  # moves the numbers in the table
         optimizer.zero_grad()  # forgets the gradient; the next backward() would add to it
@@ -246,8 +247,15 @@ def train(model, tokenizer, train_data, val_data, config):
         if done % config.eval_interval == 0 or done == config.max_iters:
             history.append([done, sum(losses) / len(losses), evaluate(model, val_data, config)])
             losses = []
+            check_loss(history[-1][2], step)
             print_evaluation(history, model, tokenizer, val_data, config)
     return history
+
+
+def check_loss(loss, step):
+    """Raise ValueError for a loss that is infinite or not a number: nothing can be learned then."""
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss became {loss} in step {step + 1}: try a lower --learning_rate")
 
 
 def print_evaluation(history, model, tokenizer, val_data, config):
@@ -266,7 +274,7 @@ def print_evaluation(history, model, tokenizer, val_data, config):
 
 def print_progress(step, steps_here, loss, started, config):
     """How far the run is, how fast it goes, and how much time is left."""
-    seconds = (time.time() - started) / steps_here  # per step
+    seconds = (time.perf_counter() - started) / steps_here  # per step
     print_live(
         f"step {step}/{config.max_iters}: loss {loss:.3f}, "
         f"{config.batch_size * config.block_size / seconds:,.0f} tokens/s, "
@@ -439,7 +447,7 @@ def main():
     n_tokens = config.batch_size * config.block_size
     print(
         f"model: bigram table, {n_params:,} parameters, on cpu in float32\n"
-        f"plan: {config.max_iters:,} steps of {n_tokens:,} tokens; 300 steps take a few seconds\n"
+        f"plan: {config.max_iters:,} steps of {n_tokens:,} tokens; 300 take a few seconds\n"
         f"before training: validation loss {evaluate(model, val_data, config):.4f}; "
         f"an even guess costs ln({tokenizer.vocab_size}) = {math.log(tokenizer.vocab_size):.4f}"
     )
@@ -475,6 +483,6 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error).lower() + type(error).__name__.lower():
+        if not re.search("out of memory|allocate|MemoryError", repr(error)):
             raise
-        fail("out of memory: lower --batch_size or --block_size")
+        fail("out of memory: lower --batch_size, --block_size or the size of the model")

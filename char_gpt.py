@@ -53,8 +53,8 @@ class GPTConfig:
     n_layer: int = 6  # blocks, one after the other, through which each token passes
     n_head: int = 6  # attention heads in each block
     n_embd: int = 384  # numbers that stand for a character on its way through the blocks
-    dropout: float = 0.25  # share of those zeroed at random in training, so that none is vital
-    fused: bool = True  # use PyTorch's own code for what is written out below: same results
+    dropout: float = 0.25  # share of results zeroed at random in training, so that none is vital
+    fused: bool = True  # PyTorch's own code for what is written out below, where that is faster
     data: str = ""  # text file to learn from (UTF-8); if none is given, Tiny Shakespeare
     offline: bool = False  # never fetch Tiny Shakespeare from the network
     out: str = "out/char_gpt.pt"  # where to save the trained model, for sample.py to use
@@ -190,19 +190,20 @@ class GELU(nn.Module):
 def attention(q, k, v):
     """Lets each token gather what it needs from itself and the tokens before it.
 
-    Each token asks a question (its query, in q), shows what it can be asked for (its key, in k),
-    and holds an answer (its value, in v). Where a query and a key match, their dot product is
-    large. The softmax turns all the matches of one query into shares that sum to 1, and the token
-    receives the values in these shares. q, k, v and the result are (B, n_head, T, head_size).
+    Each token has a question (its query, in q), a label that says what it can be asked for (its
+    key, in k), and an answer (its value, in v): head_size numbers each, made from its C numbers by
+    learned matrices. Where a query and a key match, their dot product is large. Softmax turns the
+    matches of one query with all keys into shares that sum to 1, and the token receives the values
+    mixed in these shares. q, k, v and the result are (B, n_head, T, head_size).
     Vaswani et al. 2017, section 3.2.1.
     """
     T, head_size = q.shape[-2:]
     # A dot product is a sum of head_size terms, and tends to grow with the root of their number.
-    # Undo that, for the softmax of large scores is all or nothing, and hardly learns any more.
-    scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T): query by key
+    # Undo that: if scores are large, softmax gives all to one, and hardly learns any more.
+    scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T): row asks column
     # The mask. In training the model guesses at all T places at once, and at each place the right
     # answer is the next token: it must not be seen. Minus infinity becomes a share of zero.
-    visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # where key <= query
+    visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # True if column <= row
     scores = scores.masked_fill(~visible, -math.inf)
     return F.softmax(scores, dim=-1) @ v
 
@@ -215,7 +216,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.fused = config.n_head, config.fused
-        # These names, and all below, are those of GPT-2's published weights.
+        # nn.Linear multiplies by a learned matrix and adds a learned bias. The names of all parts
+        # that learn are those of GPT-2's published weights.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # makes q, k and v of all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads have gathered
         self.dropout = nn.Dropout(config.dropout)
@@ -223,6 +225,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        # Heads go before tokens, so that each head's matrix product is done by itself.
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
         if self.fused and x.device.type != "cpu":  # on a CPU the formula itself is faster
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -248,8 +251,8 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Talk, then think. Both read a normalised copy of x and add what they find to x itself, which
-    runs through all blocks like a shared notebook: the residual stream (He et al. 2015). A sum
-    passes gradients on unchanged, so that even the first block hears clearly what would help."""
+    runs through all blocks like a shared notebook: the residual stream (He et al. 2015). Gradients,
+    which would fade on the way back through many layers, pass through a sum unchanged."""
 
     def __init__(self, config):
         super().__init__()
@@ -266,8 +269,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The transformer of GPT-2 (Radford et al. 2019). Two tables, the embeddings, hold a row of C
-    numbers for each token and one for each position. The sum of both rows enters the blocks; what
-    comes out is compared with the rows of all tokens, which gives the scores for the next one."""
+    numbers for each token and one for each position. The sum of both rows enters the blocks; the
+    dot products of what comes out with the rows of all tokens are the scores for the next one."""
 
     def __init__(self, config):
         super().__init__()
@@ -284,7 +287,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: one table for input and output
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # 2 * n_layer of these add up: keep the sum small
+            if name.endswith("c_proj.weight"):  # 2 * n_layer of them add to x: in sum, as one
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -370,12 +373,13 @@ def bits_per_byte(loss, data, tokenizer):
 def make_optimizers(model, config):
     """Two optimizers, each for what it is good at.
 
-    Adam, as in bigram.py, treats every number by itself (AdamW is its present form, Loshchilov &
-    Hutter 2019). For a matrix that is a waste: its gradients mostly point along the same few
-    directions, and along the others it hardly learns. Muon (Jordan et al. 2024) keeps a running sum
-    of a matrix's gradients, and steps by the orthogonal matrix that is nearest to it (a few matrix
-    products get there), which is equally long in all directions. It trains the matrices in the
-    blocks; embeddings, where each row belongs to one token, gains and biases stay with AdamW.
+    AdamW (Loshchilov & Hutter 2019), the Adam of bigram.py with its own form of weight decay,
+    treats every number by itself. For a matrix that is a waste: gradients mostly pull its inputs
+    and outputs along the same few directions, and the others hardly learn. Muon (Jordan et al.
+    2024) keeps a running sum of a matrix's gradients, and steps by the orthogonal matrix nearest to
+    it (a few matrix products get there), which moves all directions equally far. It trains the
+    matrices in the blocks; embeddings, where a row belongs to one token, gains and biases keep
+    AdamW.
     """
     matrices, others = [], []
     for name, p in model.named_parameters():
@@ -410,6 +414,7 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         first, losses = last["step"], last["losses"]
         model.load_state_dict(last["model"])
         for optimizer, state in zip(optimizers, last["optimizers"]):
+            # The sums of gradients as they were; learning rates and the like by today's flags.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     forward = model
     if config.compile and train_data.is_cuda:
@@ -427,6 +432,7 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         model.train()  # dropout on; evaluate() and generate() turn it off
         with autocast:
             logits, loss = forward(x, y)
+        check_loss(loss.item(), step)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)  # one odd batch does no harm
         for optimizer in optimizers:
@@ -436,16 +442,17 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
 
         done, interrupted = step + 1, bool(interrupts)
         if step == first:
-            started = time.time()  # the first step is slow: memory is fetched, code is compiled
+            started = time.perf_counter()  # the first step is slow, and does not count
         else:
             print_progress(done, step - first, loss.item(), started, config)
         if step == first + 10:
-            seconds = (time.time() - started) / 10 * (config.max_iters - first)
+            seconds = (time.perf_counter() - started) / 10 * (config.max_iters - first)
             print(f"{CLEAR_LINE}at the speed of the first steps, this takes {duration(seconds)}")
         evaluates = done % config.eval_interval == 0 or done == config.max_iters
         if evaluates:
             with autocast:
                 val_loss = evaluate(model, val_data, config)
+            check_loss(val_loss, step)
             if all(val_loss < earlier for _, _, earlier in history):
                 checkpoint["model"] = copy.deepcopy(model.state_dict())
             history.append([done, sum(losses) / len(losses), val_loss])
@@ -465,13 +472,15 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
 def try_compile(model, x, y):
     """The model, made faster by torch.compile, which merges its many small operations; or the model
     as it is, where that does not work (it takes Triton and a C compiler)."""
+    model.train()
     try:
         compiled = torch.compile(model)
         compiled(x, y)[1].backward()  # compiling is put off until the first use
-        model.zero_grad()
         return compiled
     except Exception:  # of many kinds, none of them a reason not to train
         return model
+    finally:
+        model.zero_grad()
 
 
 def catch_interrupts():
@@ -485,6 +494,12 @@ def catch_interrupts():
 
     signal.signal(signal.SIGINT, handler)
     return interrupts
+
+
+def check_loss(loss, step):
+    """Raise ValueError for a loss that is infinite or not a number: nothing can be learned then."""
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss became {loss} in step {step + 1}: try a lower --learning_rate")
 
 
 def print_evaluation(history, model, tokenizer, val_data, config):
@@ -503,7 +518,7 @@ def print_evaluation(history, model, tokenizer, val_data, config):
 
 def print_progress(step, steps_here, loss, started, config):
     """How far the run is, how fast it goes, and how much time is left."""
-    seconds = (time.time() - started) / steps_here  # per step
+    seconds = (time.perf_counter() - started) / steps_here  # per step
     print_live(
         f"step {step}/{config.max_iters}: loss {loss:.3f}, "
         f"{config.batch_size * config.block_size / seconds:,.0f} tokens/s, "
@@ -731,12 +746,13 @@ def main():
     vocab = "".join(tokenizer.chars)
     if checkpoint is None:
         checkpoint = dict(script="char_gpt", vocab=vocab, history=[], last=None)
-        checkpoint["model"] = model.state_dict()  # until there is a best
     elif checkpoint["vocab"] != vocab:
         raise ValueError(f"{config.out} learned from other characters: name its text by --data")
     elif checkpoint["last"]["step"] >= config.max_iters:
         raise ValueError(f"{config.out} has had its {config.max_iters} steps: raise --max_iters")
     checkpoint["config"] = asdict(config)
+    if not checkpoint["history"]:
+        checkpoint["model"] = model.state_dict()  # the weights as they are, until there is a best
 
     n_params = sum(p.numel() for p in model.parameters())
     n_tokens = config.batch_size * config.block_size
@@ -750,7 +766,7 @@ def main():
         print(f"going on after step {checkpoint['last']['step']:,}")
     else:
         if Path(config.out).exists():
-            print(f"note: {config.out} will be replaced at the first evaluation")
+            print(f"note: {config.out} is there already, and will be replaced")
         with autocast:
             val_loss = evaluate(model, val_data, config)
         print(
@@ -779,6 +795,6 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error).lower() + type(error).__name__.lower():
+        if not re.search("out of memory|allocate|MemoryError", repr(error)):
             raise
-        fail("out of memory: lower --batch_size or --block_size")
+        fail("out of memory: lower --batch_size, --block_size or the size of the model")

@@ -338,6 +338,11 @@ BAD_COMMANDS = {
     "a text that is not UTF-8": ("bigram.py --data latin1.txt", "UTF-8"),
     "a folder for a checkpoint": ("bigram.py --data text.txt --out .", "directory"),
     "a place that cannot be": ("bigram.py --data text.txt --out text.txt/x/y.pt", "--out"),
+    "a learning rate far too high": (
+        "char_gpt.py --data text.txt --n_layer 1 --max_iters 50 --warmup_iters 0 --out x.pt "
+        "--learning_rate 1e9 --muon_learning_rate 1e9",
+        "--learning_rate",
+    ),
     "nothing to resume": ("char_gpt.py --resume --out nothing.pt", "nothing.pt"),
 }
 
