@@ -263,7 +263,8 @@ def print_evaluation(history, model, tokenizer, val_data, config):
     step, train_loss, val_loss = history[-1]
     bits = bits_per_byte(val_loss, val_data, tokenizer)
     torch.manual_seed(config.seed)
-    start = torch.zeros((1, 1), dtype=torch.long, device=val_data.device)  # token 0: a line break
+    # Token 0, the first in sorted order, stands at the start: in the plays, the line break.
+    start = torch.zeros((1, 1), dtype=torch.long, device=val_data.device)
     ids = [column.item() for column in generate(model, start, max_new_tokens=120)]
     print(
         f"{CLEAR_LINE}step {step}/{config.max_iters}: training loss {train_loss:.4f}, "

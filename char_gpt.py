@@ -147,7 +147,6 @@ def get_batch(data, config, step):
 # ---------------------------------------------------------------------------------------------
 # Model
 
-
 # C stands for n_embd: every token is a row of C numbers, so that x is (B, T, C) on its whole way.
 
 
@@ -227,7 +226,7 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         # Heads go before tokens, so that each head's matrix product is done by itself.
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
-        if self.fused and x.device.type != "cpu":  # on a CPU the formula itself is faster
+        if self.fused and x.device.type != "cpu":  # a CPU in bfloat16 is faster without
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             y = attention(q, k, v)
@@ -287,7 +286,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: one table for input and output
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # 2 * n_layer of them add to x: in sum, as one
+            if name.endswith("c_proj.weight"):
+                # Two in each block add to x: made smaller, so that all of them add up to one.
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -507,7 +507,8 @@ def print_evaluation(history, model, tokenizer, val_data, config):
     step, train_loss, val_loss = history[-1]
     bits = bits_per_byte(val_loss, val_data, tokenizer)
     torch.manual_seed(config.seed)
-    start = torch.zeros((1, 1), dtype=torch.long, device=val_data.device)  # token 0: a line break
+    # Token 0, the first in sorted order, stands at the start: in the plays, the line break.
+    start = torch.zeros((1, 1), dtype=torch.long, device=val_data.device)
     ids = [column.item() for column in generate(model, start, max_new_tokens=120)]
     print(
         f"{CLEAR_LINE}step {step}/{config.max_iters}: training loss {train_loss:.4f}, "

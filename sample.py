@@ -18,6 +18,7 @@ as many of them as it takes to reach a probability of p (nucleus sampling, Holtz
 
 import argparse
 import math
+import re
 import signal
 import sys
 from pathlib import Path
@@ -44,9 +45,10 @@ def make_choice(temperature=1.0, top_k=None, top_p=1.0):
         logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
         if top_k is not None:
             logits[:, top_k:] = -math.inf
-        probs = logits.softmax(dim=-1)
-        likelier = probs.cumsum(dim=-1) - probs  # the probability of all tokens that come before
-        logits[likelier >= top_p] = -math.inf
+        if top_p < 1:
+            probs = logits.softmax(dim=-1)
+            likelier = probs.cumsum(dim=-1) - probs  # the probability of all tokens before it
+            logits[likelier >= top_p] = -math.inf
         return tokens.gather(-1, draw(logits))
 
     return choose
@@ -101,7 +103,7 @@ def parse_flags():
     args = parser.parse_args()
     for name, good, rule in (
         ("max_new_tokens", args.max_new_tokens > 0, "above 0"),
-        ("num_samples", args.num_samples > 0, "above 0"),
+        ("num_samples", 0 < args.num_samples <= 1000, "from 1 to 1000"),
         ("temperature", 0 <= args.temperature < math.inf, "0 or more"),
         ("top_k", args.top_k is None or args.top_k > 0, "above 0"),
         ("top_p", 0 < args.top_p <= 1, "above 0, and 1 at most"),
@@ -150,6 +152,6 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error).lower() + type(error).__name__.lower():
+        if not re.search("out of memory|allocate|MemoryError", repr(error)):
             raise
         fail("out of memory: lower --num_samples")

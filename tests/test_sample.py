@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import one_line_error, run
 
+import sample
 from sample import load_model, make_choice
 
 # ---------------------------------------------------------------------------------------------
@@ -37,6 +38,17 @@ def test_temperature_sharpens_and_flattens():
         expected = PROBS ** (1 / temperature)
         expected /= expected.sum()
         assert torch.allclose(shares(make_choice(temperature)), expected, atol=0.015)
+
+
+def test_top_p_of_1_keeps_even_the_unlikeliest_token(monkeypatch):
+    """Rounding must not let the sum of the likelier tokens reach 1 before the last one's turn."""
+    seen = []
+    draw = sample.draw
+    monkeypatch.setattr(sample, "draw", lambda logits: seen.append(logits) or draw(logits))
+    logits = torch.zeros(1, 50_000)
+    logits[0, -1] = -20
+    make_choice(top_p=1.0)(logits)
+    assert torch.isfinite(seen[0]).all()
 
 
 def test_top_k_keeps_the_k_likeliest():
@@ -113,6 +125,7 @@ MISTAKES = {
     "top_p above 1": (["--top_p", "1.5"], "--top_p"),
     "no tokens": (["--max_new_tokens", "0"], "--max_new_tokens"),
     "no samples": (["--num_samples", "-2"], "--num_samples"),
+    "more samples than fit": (["--num_samples", "2000000000"], "--num_samples"),
     "a word for a number": (["--seed", "x"], "--seed"),
     "an unknown flag": (["--tmeperature", "1"], "--tmeperature"),
 }
