@@ -127,8 +127,8 @@ def main():
         idx = torch.tensor([tokenizer.encode(prompt)] * args.num_samples, device=device)
     except ValueError as error:
         raise ValueError(f"--prompt: {error}") from None
-    best = min((val_loss for _, _, val_loss in history), default=math.inf)
-    print(f"{path}: best validation loss {best:.4f}", file=sys.stderr)
+    best = min((f"{val_loss:.4f}" for _, _, val_loss in history), default="not known yet")
+    print(f"{path}: best validation loss {best}", file=sys.stderr)
 
     torch.manual_seed(args.seed)
     choose = make_choice(args.temperature, args.top_k, args.top_p)
