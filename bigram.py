@@ -243,7 +243,7 @@ def train(model, tokenizer, train_data, val_data, config):
         losses.append(loss.item())
 
         done = step + 1
-        print_progress(done, done, loss.item(), started, config)
+        print_progress(done, done, y.numel(), loss.item(), started, config)
         if done % config.eval_interval == 0 or done == config.max_iters:
             history.append([done, sum(losses) / len(losses), evaluate(model, val_data, config)])
             losses = []
@@ -273,12 +273,11 @@ def print_evaluation(history, model, tokenizer, val_data, config):
     )
 
 
-def print_progress(step, steps_here, loss, started, config):
-    """How far the run is, how fast it goes, and how much time is left."""
+def print_progress(step, steps_here, n_tokens, loss, started, config):
+    """How far the run is, how fast it goes (n_tokens in a step), and how much time is left."""
     seconds = (time.perf_counter() - started) / steps_here  # per step
     print_live(
-        f"step {step}/{config.max_iters}: loss {loss:.3f}, "
-        f"{config.batch_size * config.block_size / seconds:,.0f} tokens/s, "
+        f"step {step}/{config.max_iters}: loss {loss:.3f}, {n_tokens / seconds:,.0f} tokens/s, "
         f"{duration((config.max_iters - step) * seconds)} to go"
     )
 
@@ -314,12 +313,7 @@ def load_text(config):
     """The text to learn from: the file named by --data, or else Tiny Shakespeare, fetched once, or
     else the play that comes with these scripts. Raises ValueError where the file is of no use."""
     path = Path(config.data) if config.data else find_shakespeare(config)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}): convert it") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror}): name a text by --data") from None
+    text = read_text(path)
     train_text, val_text = split_text(text)
     if len(set(text)) < 2 or len(train_text) <= config.block_size or len(val_text) < 2:
         raise ValueError(
@@ -328,6 +322,16 @@ def load_text(config):
         )
     print(f"text: {path.name}, {len(text):,} characters, {len(set(text))} distinct")
     return text
+
+
+def read_text(path):
+    """The text of a file. Raises ValueError for one that cannot be read, or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}): convert it") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}): name a text by --data") from None
 
 
 def find_shakespeare(config):
@@ -339,30 +343,45 @@ def find_shakespeare(config):
     try:
         if config.offline:
             raise OSError("--offline was given")
-        download(SHAKESPEARE_URL, SHAKESPEARE, 1_115_394, SHAKESPEARE_SHA256)
+        download(SHAKESPEARE_URL, SHAKESPEARE, SHAKESPEARE_SHA256)
         return SHAKESPEARE
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        print(f"no Tiny Shakespeare ({reason}): using a shorter play, written for these scripts")
+    except OSError as error:
+        print(f"no Tiny Shakespeare ({error}): using a shorter play, written for these scripts")
         return SHIPPED_PLAY
 
 
-def download(url, path, size, sha256):
-    """Fetch url to path. The file gets its name only when its size and SHA-256 are right, so a bad
-    or partial one is never used. Raises OSError or HTTPException."""
+def download(url, path, sha256):
+    """Fetch url to path, going on where an earlier try broke off. The file gets its name only when
+    its SHA-256 is right: a bad or partial one is never used. Raises OSError."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=10) as response, open(part, "wb") as file:
-            while file.tell() <= size and (chunk := response.read(1 << 16)):
-                file.write(chunk)
-                print_live(f"{path.name}: {file.tell():,} of {size:,} bytes")
-        if part.stat().st_size != size or sha256_of(part) != sha256:
-            raise OSError(f"{url} sent something else")
+        with open(part, "ab") as file:
+            request = urllib.request.Request(url)
+            if file.tell():
+                request.add_header("Range", f"bytes={file.tell()}-")
+            with urllib.request.urlopen(request, timeout=10) as response:
+                if response.status != 206:  # 206: what is missing. Any other: the whole file anew
+                    file.truncate(0)
+                    file.seek(0)
+                size = file.tell() + int(response.headers["Content-Length"] or 0)
+                while chunk := response.read(1 << 16):
+                    file.write(chunk)
+                    print_live(f"{path.name}: {file.tell():,} of {size:,} bytes")
+                if file.tell() < size:
+                    raise OSError(f"broke off at byte {file.tell():,}; run again to go on")
+        if sha256_of(part) != sha256:
+            part.unlink()
+            raise OSError("what came is something else")
         os.replace(part, path)
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", None) == 416:  # nothing is there from that byte on: start anew
+            part.unlink()
+        raise OSError(f"cannot fetch {url} ({getattr(error, 'reason', error)})") from None
     finally:
         print(CLEAR_LINE, end="")
-        part.unlink(missing_ok=True)
+        if part.exists() and part.stat().st_size == 0:
+            part.unlink()
 
 
 def sha256_of(path):

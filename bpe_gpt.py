@@ -1,0 +1,1378 @@
+"""GPT-2: the model of char_gpt.py at its real size, on a vocabulary of word parts.
+
+What is new since char_gpt.py (`diff char_gpt.py bpe_gpt.py` shows it line by line): tokens that are
+learned by byte-pair encoding, a cache that makes writing fast, the weights that OpenAI published,
+from 124 million to 1.5 billion, and training in small parts, to go on with these or to start anew.
+
+    python bpe_gpt.py                           # fine-tune GPT-2 on Shakespeare, if it can be had;
+                                                # if not, train a small GPT-2 from scratch
+    python bpe_gpt.py --init scratch            # train from scratch anyway
+    python bpe_gpt.py --init gpt2-medium --data my_text.txt
+    python bpe_gpt.py --init gpt2 --eval_only --stride 512
+    python bpe_gpt.py --help                    # every setting
+
+GPT-2 comes as a file of 548 MB, fetched once. What to expect stands in README.md.
+Read next: sample.py, which lets the models speak.
+"""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy>=2,<3", "tiktoken>=0.9,<1"]
+# ///
+
+import argparse
+import copy
+import functools
+import hashlib
+import http.client
+import inspect
+import json
+import math
+import mmap
+import os
+import re
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+import unicodedata
+import urllib.error
+import urllib.request
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class GPTConfig:
+    """Every setting. Each is also a flag, as in `--max_iters 100`; only vocab_size comes from the
+    tokenizer. The values are for training GPT-2 124M from scratch; below stand those that differ
+    where it is fine-tuned, and where a CPU trains a smaller one."""
+
+    vocab_size: int = 50257  # how many different tokens there are
+    n_layer: int = 12  # blocks, one after the other, through which each token passes
+    n_head: int = 12  # attention heads in each block
+    n_embd: int = 768  # numbers that stand for a token on its way through the blocks
+    tied: bool = True  # one table for the tokens that go in and those that come out
+    dropout: float = 0.1  # share of results zeroed at random in training, so that none is vital
+    fused: bool = True  # PyTorch's own code for what is written out below, where that is faster
+    init: str = ""  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder or file of weights, or scratch
+    tokenizer: str = "gpt2"  # from scratch: gpt2, or learned, which is made from the text itself
+    learned_vocab_size: int = 1024  # tokens in a vocabulary that is learned, 65536 at most
+    data: str = ""  # text (UTF-8), or folder with train.bin and val.bin; if none, Tiny Shakespeare
+    stride: int = 0  # tokens from one training sequence to the next; 0: they start at random places
+    offline: bool = False  # never fetch anything from the network
+    out: str = "out/bpe_gpt.pt"  # where to save the trained model, for sample.py to use
+    resume: bool = False  # go on with the run saved there, with its settings
+    eval_only: bool = False  # print the loss over the whole text, and end; --stride sets the windows
+    export: str = ""  # write the model to this folder, as Hugging Face's transformers has it, and end
+    full: bool = False  # from scratch: train the model of these settings on a CPU too
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is there
+    dtype: str = "auto"  # of matrix products: float32 or bfloat16; auto: whichever is fast here
+    compile: bool = True  # on a CUDA GPU, use torch.compile where it works
+    seed: int = 1337  # the same seed gives the same run
+    batch_size: int = 16  # sequences that pass through the model at once, as memory allows
+    block_size: int = 1024  # tokens in a sequence: how far back the model can look
+    total_batch_size: int = 16384  # tokens in a training step
+    max_iters: int = 400  # training steps
+    eval_interval: int = 50  # training steps between evaluations
+    learning_rate: float = 0.001  # of AdamW, which trains embeddings, gains and biases
+    muon_learning_rate: float = 0.02  # of Muon, which trains the matrices of the blocks; 0: AdamW
+    warmup_iters: int = 50  # steps in which the learning rates rise from zero
+    weight_decay: float = 0.1  # pull of the matrices towards zero, per unit of learning rate
+    grad_clip: float = 1.0  # a gradient (of all weights together) longer than this is shortened
+
+    def __post_init__(self):
+        zero = {"dropout", "stride", "seed", "muon_learning_rate", "warmup_iters", "weight_decay"}
+        check_numbers(self, may_be_zero=zero)
+        if self.dropout >= 1:
+            raise ValueError(f"--dropout must be below 1; it is {self.dropout}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"--n_head must divide --n_embd, {self.n_embd}; it is {self.n_head}")
+        if self.total_batch_size % self.block_size:
+            raise ValueError(
+                f"--total_batch_size must be a multiple of --block_size, {self.block_size}; "
+                f"it is {self.total_batch_size}"
+            )
+        if self.stride > self.block_size:
+            raise ValueError(
+                f"--stride must be at most --block_size, {self.block_size}; it is {self.stride}"
+            )
+        if self.tokenizer not in ("gpt2", "learned"):
+            raise ValueError(f"--tokenizer must be gpt2 or learned; it is {self.tokenizer}")
+        if not 257 <= self.learned_vocab_size <= 65536:
+            raise ValueError(
+                f"--learned_vocab_size must be from 257 to 65536; it is {self.learned_vocab_size}"
+            )
+
+
+# The published models, and how many numbers they have learned.
+SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124,439,808
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 354,823,168
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774,030,080
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1,557,611,200
+}
+# Fine-tuning: a few small steps, so that the model learns the text and forgets little else.
+FINE_TUNING_SETTINGS = dict(
+    batch_size=1,
+    total_batch_size=4096,
+    max_iters=60,
+    eval_interval=20,
+    learning_rate=5e-5,
+    muon_learning_rate=0,
+    warmup_iters=5,
+)
+# What a CPU trains from scratch unless told otherwise: the same model, smaller, done in minutes.
+CPU_SETTINGS = dict(
+    n_layer=4,
+    n_head=4,
+    n_embd=128,
+    tokenizer="learned",
+    batch_size=32,
+    block_size=64,
+    total_batch_size=2048,
+    max_iters=2000,
+    eval_interval=400,
+    learning_rate=0.002,
+    muon_learning_rate=0.025,
+)
+
+
+# ---------------------------------------------------------------------------------------------
+# Text, tokens, batches
+
+# Characters make long sequences, and each says little; words are too many to list. A token of GPT-2
+# lies between: a piece of text that occurs often, from a single byte to a long word. tiktoken cuts
+# text into such tokens; what they are is learned once, from a large text, in this way:
+
+# Cut a text into words first, so that no token reaches from one word into the next. GPT-2's rule:
+# a word takes the space before it along; letters (\p{L}), digits (\p{N}) and other marks part ways.
+WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The first 256 tokens are the single bytes, so that every text can be written. GPT-2 has those that
+# are visible characters first; whoever reads its vocabulary must keep to that order.
+VISIBLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+BYTES = VISIBLE + [b for b in range(256) if b not in VISIBLE]
+END_OF_TEXT = "<|endoftext|>"  # a token of its own, which stands between texts
+
+
+def train_bpe(text, vocab_size):
+    """Learns a vocabulary from text by byte-pair encoding (Sennrich et al. 2016): begin with single
+    bytes, and over and over make one new token of the two that most often stand side by side.
+
+    Returns a tiktoken.Encoding of vocab_size tokens: 256 bytes, those learned, and the end of text.
+    They are fewer where no two tokens are left that meet twice.
+    """
+    letters = {"L": "a", "N": "0"}  # Python's re does not know \p{L}: list those of this text
+    for char in sorted(set(text)):
+        if (kind := unicodedata.category(char)[0]) in letters:
+            letters[kind] += char
+    pattern = WORDS.replace(r"\p{L}", letters["L"]).replace(r"\p{N}", letters["N"])
+    counts = Counter(word.encode("utf-8") for word in re.findall(pattern, text))
+
+    # One array has all different words end to end, with -1 between them; another how often the word
+    # occurs to which a token belongs. To merge two tokens is to renumber one and drop the other.
+    number = np.argsort(BYTES)  # of each byte
+    ids = np.concatenate([np.append(number[list(word)], -1) for word in counts])
+    often = np.repeat(list(counts.values()), [len(word) + 1 for word in counts])
+    tokens = [bytes([b]) for b in BYTES]
+    while len(tokens) < vocab_size - 1:
+        places = np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0))  # where two tokens meet
+        pairs, which = np.unique(ids[places] * vocab_size + ids[places + 1], return_inverse=True)
+        totals = np.bincount(which, weights=often[places], minlength=1)
+        best = totals.argmax()  # among equals the first: the same text gives the same tokens
+        if totals[best] < 2:
+            break
+        merged = []
+        for place in places[which == best]:
+            if not merged or place > merged[-1] + 1:  # in "aaa", the first two only
+                merged.append(place)
+        left, right = divmod(pairs[best], vocab_size)
+        ids[merged] = len(tokens)
+        rest = np.delete(np.arange(len(ids)), np.add(merged, 1))
+        ids, often = ids[rest], often[rest]
+        tokens.append(tokens[left] + tokens[right])
+    return make_tokenizer([*tokens, END_OF_TEXT.encode()])
+
+
+def make_tokenizer(tokens):
+    """A tiktoken.Encoding of the tokens (bytes), whose numbers are their places in the list. In a
+    word to be encoded, it merges the two neighbours that give the token learned first, and again,
+    until there are none."""
+    number = {token: i for i, token in enumerate(tokens)}
+    special = {END_OF_TEXT: number.pop(END_OF_TEXT.encode())}
+    return tiktoken.Encoding(
+        "bpe_gpt", pat_str=WORDS, mergeable_ranks=number, special_tokens=special
+    )
+
+
+def encode(tokenizer, text):
+    """Text to token numbers, an array; `<|endoftext|>` in the text becomes the token of that name"""
+    return np.array(tokenizer.encode(text, allowed_special="all"), dtype=np.uint16)
+
+
+def split_text(text):
+    """The first 90% of the text to train on, and the last 10% to validate on: a model that merely
+    knows its text by heart does badly on text that it has never seen."""
+    n = int(0.9 * len(text))
+    return text[:n], text[n:]
+
+
+def get_batch(data, config, step):
+    """Inputs x and targets y for one training step, both (B, T), from an array of token numbers.
+    Here B is total_batch_size / block_size, in all that pass through the model before it steps.
+
+    The rows start at random places; or with --stride, at the multiples of that stride, shuffled anew
+    in each epoch, so that each is seen once in it. Both depend on (seed, step) alone.
+    """
+    B, T = config.total_batch_size // config.block_size, config.block_size
+    if config.stride == 0:
+        rng = np.random.default_rng((config.seed, step))
+        starts = rng.integers(len(data) - T, size=B)
+    else:
+        n = (len(data) - 1 - T) // config.stride + 1  # sequences in an epoch
+        epochs, places = np.divmod(np.arange(step * B, (step + 1) * B), n)
+        starts = [shuffled(n, config.seed, e)[p] * config.stride for e, p in zip(epochs, places)]
+    tokens = data[np.reshape(starts, (B, 1)) + np.arange(T + 1)]  # (B, T + 1)
+    tokens = torch.from_numpy(tokens.astype(np.int64))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@functools.lru_cache(maxsize=2)  # it is the same for a whole epoch
+def shuffled(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+# ---------------------------------------------------------------------------------------------
+# Model
+
+# C stands for n_embd: every token is a row of C numbers, so that x is (B, T, C) on its whole way.
+
+
+class LayerNorm(nn.Module):
+    """Brings each token's C numbers to mean 0 and variance 1, so that no layer meets inputs that
+    are huge or tiny; then scales and shifts them by amounts that are learned, the gain (weight) and
+    the bias. Ba, Kiros & Hinton 2016."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fused = config.fused
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd))
+
+    def forward(self, x):
+        if self.fused:  # PyTorch's own code for the formula below
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
+        mean = x.mean(dim=-1, keepdim=True)  # (B, T, 1)
+        variance = ((x - mean) ** 2).mean(dim=-1, keepdim=True)  # (B, T, 1)
+        x = (x - mean) / torch.sqrt(variance + 1e-5)  # 1e-5: never divide by zero
+        return x * self.weight + self.bias
+
+
+class GELU(nn.Module):
+    """The bend between two linear maps, without which they would be no better than one. It lets
+    positive numbers pass and holds negative ones back, like max(0, x), but smoothly: x times the
+    chance that a standard normal variable is below x. Hendrycks & Gimpel 2016; GPT-2 takes their
+    approximation with tanh."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fused = config.fused
+
+    def forward(self, x):
+        if self.fused:
+            return F.gelu(x, approximate="tanh")
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def attention(q, k, v):
+    """Lets each token gather what it needs from itself and the tokens before it, as in char_gpt.py:
+    softmax(q k^T / sqrt(head_size)) v. q and the result are (B, n_head, T, head_size); k and v are
+    (B, n_head, S, head_size), of S tokens, of which the T that ask are the last."""
+    T, S, head_size = q.shape[-2], *k.shape[-2:]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, S): row asks column
+    visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    scores = scores.masked_fill(~visible, -math.inf)
+    return F.softmax(scores, dim=-1) @ v
+
+
+class Cache:
+    """The keys and values, in all layers, of the tokens that the model has read. They stay as they
+    are when the text goes on, as no token sees its future. So a new token is the only one that must
+    pass through the model; without the cache, all tokens would again, for each new one."""
+
+    def __init__(self, model, batch_size, length):
+        c, weight = model.config, model.transformer.wte.weight
+        shape = (c.n_layer, 2, batch_size, c.n_head, length, c.n_embd // c.n_head)
+        self.kv = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.length = 0  # tokens read so far; there is room for `length`
+
+
+class CausalSelfAttention(nn.Module):
+    """Tokens talk to each other. Attention runs n_head times side by side, and each of these heads
+    has queries, keys and values of its own, so that one can look for the speaker's name and another
+    for where the word began."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.fused = config.n_head, config.fused
+        # nn.Linear multiplies by a learned matrix and adds a learned bias. The names of all parts
+        # that learn are those of GPT-2's published weights.
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # makes q, k and v of all heads
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads have gathered
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, kv=None):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        # Heads go before tokens, so that each head's matrix product is done by itself.
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
+        if kv is not None:  # a place for k and v of all S tokens so far, (2, B, n_head, S, head_size)
+            kv[0, ..., -T:, :], kv[1, ..., -T:, :] = k, v  # keep the new ones
+            k, v = kv  # and look at all
+        if self.fused and T == k.shape[2]:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = attention(q, k, v)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the results of the heads, end to end
+        return self.dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Each token thinks by itself about what it has gathered: widen, bend, narrow."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = GELU(config)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """Talk, then think. Both read a normalised copy of x and add what they find to x itself, which
+    runs through all blocks like a shared notebook: the residual stream (He et al. 2015). Gradients,
+    which would fade on the way back through many layers, pass through a sum unchanged."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, kv=None):
+        x = x + self.attn(self.ln_1(x), kv)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """The transformer of GPT-2 (Radford et al. 2019). Two tables, the embeddings, hold a row of C
+    numbers for each token and one for each position. The sum of both rows enters the blocks; the
+    dot products of what comes out with the rows of all tokens are the scores for the next one."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.block_size = config, config.block_size
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),  # of tokens
+                "wpe": nn.Embedding(config.block_size, config.n_embd),  # of positions
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                "ln_f": LayerNorm(config),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.transformer.wte.weight  # one table for input and output
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                # Two in each block add to x: made smaller, so that all of them add up to one.
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, **settings):
+        """GPT-2 with weights that have learned: a published size ("gpt2", "gpt2-medium",
+        "gpt2-large", "gpt2-xl", fetched once), a folder in Hugging Face's layout, or a file in it.
+        Other settings are fields of GPTConfig. Raises ValueError for what is not a whole GPT-2, and
+        OSError where it cannot be had."""
+        return load_pretrained(name_or_path, **settings)[0]
+
+    def forward(self, idx, targets=None, cache=None):
+        """Token numbers idx (B, T) to logits (B, T, vocab_size), and the loss if targets (B, T) are
+        given (else None); a target of -100 does not count. With a cache, idx are the tokens after
+        those that it has. Raises ValueError for more than block_size tokens."""
+        B, T = idx.shape
+        start = cache.length if cache else 0
+        if start + T > self.block_size:
+            raise ValueError(f"{start + T} tokens do not fit into block_size, {self.block_size}")
+        positions = torch.arange(start, start + T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = self.transformer.drop(x)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cache and cache.kv[i, ..., : start + T, :])
+        if cache:
+            cache.length += T
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
+        loss = None
+        if targets is not None:  # the function that bigram.py writes out
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
+
+
+# ---------------------------------------------------------------------------------------------
+# Generation
+
+
+def draw(logits):
+    """Pick a token at random, each as often as its probability says: (B, vocab_size) to (B, 1)."""
+    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+
+
+@torch.no_grad()  # gradients are for training only
+def generate(model, idx, max_new_tokens, choose=draw):
+    """Continue each row of idx (B, T): guess the next token, append the guess, guess again.
+
+    Yields each column of new tokens (B, 1) as it is chosen, so that the text can be watched as it
+    grows. `choose` turns the scores for the next token (B, vocab_size) into that token (B, 1).
+
+    The model reads the prompt once, and then one token at a time. A text longer than block_size
+    must move past the model's positions, by one for each token: every token is at a new position,
+    the cache is worth nothing, and the model reads the last block_size tokens anew each time.
+    """
+    model.eval()  # tells a model that behaves otherwise in training that this is not training
+    cache = Cache(model, len(idx), min(idx.shape[1] + max_new_tokens, model.block_size))
+    new = idx
+    for _ in range(max_new_tokens):
+        if cache.length + new.shape[1] > model.block_size:
+            cache.length, new = 0, idx[:, -model.block_size :]
+        logits, _ = model(new, cache=cache)  # (B, T, vocab_size): scores at each place
+        new = choose(logits[:, -1, :])  # those at the last place are for the token to come
+        idx = torch.cat((idx, new), dim=1)  # (B, T + 1)
+        yield new
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(model, data, config, stride=None):
+    """The mean loss over all of data, an array of token numbers, each guessed once (but the first).
+
+    The model looks through windows of block_size tokens, which start every `stride` tokens (if None,
+    end to end). Where windows overlap, a token counts in the first only; in the others it helps to
+    guess those after it. So a smaller stride gives each token more to go by, and takes longer.
+    """
+    model.eval()
+    device = model.transformer.wte.weight.device
+    T = min(config.block_size, len(data) - 1)
+    last = len(data) - 1 - T  # the last window ends with the text
+    starts = [*range(0, last, stride or T), last]
+    total, counted = 0.0, 0
+    for i in range(0, len(starts), config.batch_size):
+        batch = starts[i : i + config.batch_size]
+        tokens = data[np.reshape(batch, (-1, 1)) + np.arange(T + 1)]  # (B, T + 1)
+        tokens = torch.from_numpy(tokens.astype(np.int64)).to(device)
+        x, y = tokens[:, :-1], tokens[:, 1:].clone()
+        for row, start in enumerate(batch):
+            y[row, : max(counted - start, 0)] = -100  # the sign for: does not count
+            counted = start + T
+        _, loss = model(x, y)  # the mean over those that count
+        total += loss.item() * (y != -100).sum().item()
+    return total / (len(data) - 1)
+
+
+def bits_per_byte(loss, data, tokenizer):
+    """The loss in a unit that is the same for every vocabulary, to compare models by: not per token
+    but per byte of the text behind the tokens, and with logarithms of base 2 (bits)."""
+    n_bytes = len(tokenizer.decode(data.tolist()).encode("utf-8"))
+    return loss / math.log(2) * len(data) / n_bytes
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def make_optimizers(model, config):
+    """As in char_gpt.py, Muon for the matrices in the blocks and AdamW for the rest, where a model
+    learns from scratch. What AdamW has taught, as to GPT-2, AdamW goes on teaching: without
+    a learning rate for Muon, all is AdamW's. Only matrices decay: gains and biases are few, and mean
+    what they are."""
+    muon, decay, others = [], [], []
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            others.append(p)
+        elif ".h." in name and config.muon_learning_rate:
+            muon.append(p)
+        else:
+            decay.append(p)
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": others}]
+    adamw = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.95), weight_decay=0)
+    if not muon:
+        return [adamw]
+    return [torch.optim.Muon(muon, config.muon_learning_rate, config.weight_decay), adamw]
+
+
+def learning_rate_share(step, config):
+    """The share of its full learning rate that a step uses. It rises in a line over warmup_iters
+    (the first gradients are wild), and falls to 0 in the shape of half a cosine wave."""
+    rise = (step + 1) / (config.warmup_iters + 1)
+    through = (step - config.warmup_iters) / max(config.max_iters - config.warmup_iters, 1)
+    return min(rise, 0.5 + 0.5 * math.cos(math.pi * max(through, 0)))
+
+
+def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
+    """Gradient descent, as in char_gpt.py, with steps of any size: the gradient of a step is the sum
+    of those of its parts, batch_size sequences each, that fit into memory one at a time.
+
+    At each evaluation, and after Ctrl-C, saves the checkpoint with what is new in it: the history
+    ([step, training loss, validation loss] of each evaluation), the weights that had the best
+    validation loss so far ("model"), and all it takes to go on after the last step ("last").
+    Returns the number of steps done, which after Ctrl-C is less than max_iters.
+    """
+    device = model.transformer.wte.weight.device
+    optimizers = make_optimizers(model, config)
+    first, losses, history = 0, [], checkpoint["history"]
+    if last := checkpoint["last"]:  # go on where the run stopped
+        first, losses = last["step"], last["losses"]
+        model.load_state_dict(last["model"])
+        for optimizer, state in zip(optimizers, last["optimizers"]):
+            # The sums of gradients as they were; learning rates and the like by today's flags.
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    forward = model
+    if config.compile and device.type == "cuda":
+        x, y = (part[: config.batch_size] for part in get_batch(train_data, config, first))
+        with autocast:
+            forward = try_compile(model, x.to(device), y.to(device))
+    interrupts = catch_interrupts()
+    for step in range(first, config.max_iters):
+        share = learning_rate_share(step, config)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = share * optimizer.defaults["lr"]
+        x, y = get_batch(train_data, config, step)
+        # What dropout drops depends on (seed, step) alone, too: draw a seed for it from these.
+        torch.manual_seed(int(np.random.default_rng((config.seed, step)).integers(2**32)))
+        model.train()  # dropout on; evaluate() and generate() turn it off
+        step_loss = 0.0
+        for x_part, y_part in zip(x.split(config.batch_size), y.split(config.batch_size)):
+            with autocast:
+                logits, loss = forward(x_part.to(device), y_part.to(device))
+            loss = loss * (len(x_part) / len(x))  # its share in the mean over the step
+            loss.backward()  # adds to the gradients of the parts before
+            step_loss += loss.item()
+        check_loss(step_loss, step)
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)  # one odd batch does no harm
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(step_loss)
+
+        done, interrupted = step + 1, bool(interrupts)
+        if step == first:
+            started = time.perf_counter()  # the first step is slow, and does not count
+        else:
+            print_progress(done, step - first, y.numel(), step_loss, started, config)
+        if step == first + 10:
+            seconds = (time.perf_counter() - started) / 10 * (config.max_iters - first)
+            print(f"{CLEAR_LINE}at the speed of the first steps, this takes {duration(seconds)}")
+        evaluates = done % config.eval_interval == 0 or done == config.max_iters
+        if evaluates:
+            with autocast:
+                val_loss = evaluate(model, val_data, config)
+            check_loss(val_loss, step)
+            if all(val_loss < earlier for _, _, earlier in history):
+                checkpoint["model"] = copy.deepcopy(model.state_dict())
+            history.append([done, sum(losses) / len(losses), val_loss])
+            losses = []
+        if evaluates or interrupted:
+            states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+            checkpoint["last"] = dict(step=done, losses=losses, optimizers=states)
+            checkpoint["last"]["model"] = model.state_dict()
+            save_checkpoint(config.out, checkpoint)
+        if evaluates:
+            print_evaluation(history, model, tokenizer, val_data, config)
+        if interrupted:
+            break
+    return done
+
+
+def try_compile(model, x, y):
+    """The model, made faster by torch.compile, which merges its many small operations; or the model
+    as it is, where that does not work (it takes Triton and a C compiler)."""
+    model.train()
+    try:
+        compiled = torch.compile(model)
+        compiled(x, y)[1].backward()  # compiling is put off until the first use
+        return compiled
+    except Exception:  # of many kinds, none of them a reason not to train
+        return model
+    finally:
+        model.zero_grad()
+
+
+def catch_interrupts():
+    """Returns a list that Ctrl-C makes longer, so that the step in hand can be finished and saved.
+    A second Ctrl-C ends the program at once."""
+    interrupts = []
+
+    def handler(signum, frame):
+        interrupts.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, handler)
+    return interrupts
+
+
+def check_loss(loss, step):
+    """Raise ValueError for a loss that is infinite or not a number: nothing can be learned then."""
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss became {loss} in step {step + 1}: try a lower --learning_rate")
+
+
+def print_evaluation(history, model, tokenizer, val_data, config):
+    """The losses of the latest evaluation, and what the model writes by now."""
+    step, train_loss, val_loss = history[-1]
+    bits = bits_per_byte(val_loss, val_data, tokenizer)
+    torch.manual_seed(config.seed)
+    # What stands at the start of a text is the end of the text before it.
+    start = torch.full((1, 1), tokenizer.eot_token, device=model.transformer.wte.weight.device)
+    ids = [column.item() for column in generate(model, start, max_new_tokens=50)]
+    so_far = f"step {step}/{config.max_iters}: training loss {train_loss:.4f}" if step else "before"
+    print(
+        f"{CLEAR_LINE}{so_far}, validation loss {val_loss:.4f} "
+        f"(perplexity {math.exp(val_loss):.2f}, {bits:.3f} bits per byte)\n"
+        + textwrap.indent(tokenizer.decode(ids).strip(), "    | ", lambda line: True)
+    )
+
+
+def print_progress(step, steps_here, n_tokens, loss, started, config):
+    """How far the run is, how fast it goes (n_tokens in a step), and how much time is left."""
+    seconds = (time.perf_counter() - started) / steps_here  # per step
+    print_live(
+        f"step {step}/{config.max_iters}: loss {loss:.3f}, {n_tokens / seconds:,.0f} tokens/s, "
+        f"{duration((config.max_iters - step) * seconds)} to go"
+    )
+
+
+CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""  # erases a terminal's current line
+
+
+def print_live(text):
+    """One line, written over and over on a terminal, and left out where output goes to a file."""
+    if sys.stdout.isatty():
+        print(CLEAR_LINE + text, end="", flush=True)
+
+
+def duration(seconds):
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights
+
+# GPT-2's weights are published in Hugging Face's layout: a folder with config.json, which has the
+# sizes, and model.safetensors (or pytorch_model.bin), which has a tensor for each parameter. The
+# names are ours. The shapes are too, but for four matrices in each block: OpenAI's program computed
+# x @ weight, and PyTorch's nn.Linear computes x @ weight.T, so that one's matrix is the other's
+# transposed. Some files also have the attention mask ("attn.bias"), which is not learned, or a
+# second name for the tied table.
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+
+
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def load_pretrained(name_or_path, **settings):
+    """See GPT.from_pretrained; the path may also be that of a checkpoint of this script. Returns the
+    model, and its tokenizer (None where the folder has none)."""
+    path = find_weights(name_or_path, settings.get("offline", False))
+    ours = path.suffix not in (".safetensors", ".bin")
+    if ours:
+        checkpoint = load_checkpoint(path, "bpe_gpt")
+        shape, tensors = checkpoint["config"], checkpoint["model"]
+        tokenizer = unpack_vocab(checkpoint["vocab"])
+        shape = {name: shape[name] for name in (*SIZES["gpt2"], "vocab_size", "block_size", "tied")}
+    else:
+        tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
+        if name_or_path in SIZES:
+            shape = dict(SIZES[name_or_path], vocab_size=50257, block_size=1024, tied=True)
+        else:
+            shape = read_config(path.with_name("config.json"))
+        tokenizer = read_vocabulary(path.parent)
+    block_size = settings.get("block_size", shape["block_size"])
+    for name, value in shape.items():
+        if settings.get(name, value) != value and (name != "block_size" or block_size > value):
+            raise ValueError(f"--{name} cannot be {settings[name]}: it is {value} in {path}")
+    if shape["n_layer"] > len(tensors):  # before any time is spent on so many
+        raise ValueError(f"{path} has {len(tensors)} tensors, too few for {shape['n_layer']} layers")
+    with torch.device("meta"):  # shapes without memory: the tensors themselves become the weights
+        model = GPT(GPTConfig(**{**settings, **shape}))
+    take_weights(model, tensors, path, transposed=() if ours else TRANSPOSED)
+    if block_size < shape["block_size"]:  # positions that are not wanted
+        wpe = model.transformer.wpe
+        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
+        model.block_size = model.config.block_size = block_size
+    return model, tokenizer
+
+
+def take_weights(model, tensors, path, transposed):
+    """Makes the tensors the model's parameters, each in its place. Raises ValueError for one that is
+    missing, of no use, of another shape, or not finite."""
+    expected, found = dict(model.named_parameters()), {}
+    for name, tensor in tensors.items():
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if re.fullmatch(r"transformer\.h\.\d+\.attn\.(masked_)?bias", name):
+            continue  # the mask
+        if name == "lm_head.weight" and model.config.tied:
+            continue  # a second name for wte
+        if name.endswith(transposed) and tensor.dim() == 2:
+            tensor = tensor.t()
+        if name in found:
+            raise ValueError(f"{path}: {name} is there twice")
+        if name not in expected:
+            raise ValueError(f"{path}: {name} is not a part of this GPT-2")
+        if tensor.shape != expected[name].shape:
+            shapes = f"{[*tensor.shape]}, not {[*expected[name].shape]}"
+            raise ValueError(f"{path}: {name} has the shape {shapes}")
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{path}: {name} is of {tensor.dtype}, which weights never are")
+        if not tensor.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{path}: {name} has numbers that are infinite, or none at all (NaN)")
+        found[name] = tensor.to(torch.float32)
+    if missing := expected.keys() - found.keys():
+        raise ValueError(f"{path}: {min(missing)} is missing")
+    model.load_state_dict(found, strict=False, assign=True)  # not strict: lm_head, where it is tied
+    if model.config.tied:
+        model.lm_head.weight = model.transformer.wte.weight
+
+
+def read_config(path):
+    """The sizes in a config.json, as fields of GPTConfig. Raises ValueError for another model than
+    GPT-2."""
+    try:
+        config = json.loads(path.read_bytes())
+        shape = {name: config[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}): it has the sizes") from None
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{path} is damaged: it is not a JSON object") from None
+    except KeyError as error:
+        raise ValueError(f"{path} is no configuration of GPT-2: it has no {error}") from None
+    shape["block_size"] = config.get("n_positions", 1024)
+    for name, value in shape.items():
+        if type(value) is not int or not 0 < value < 2**31:
+            raise ValueError(f"{path}: {name} is {value!r}; it must be above 0 and below 2**31")
+    for name, *allowed in (
+        ("model_type", "gpt2"),
+        ("activation_function", "gelu_new", "gelu_pytorch_tanh"),  # two names of the same formula
+        ("layer_norm_epsilon", 1e-5),
+        ("n_inner", None, 4 * shape["n_embd"]),
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("tie_word_embeddings", True, False),
+    ):
+        if config.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"{path}: {name} is {config[name]!r}; in GPT-2 it is {allowed[0]!r}")
+    return {**shape, "tied": config.get("tie_word_embeddings", True)}
+
+
+def read_safetensors(path):
+    """The tensors of a file by their names. It has 8 bytes with the length of a header; the header,
+    in JSON, with the type and shape of each tensor and where it lies; and then the tensors, nothing
+    but their numbers. They are not read here but mapped: the file is used as if it were memory, and
+    the system fetches each page when it is first touched. Raises ValueError for a damaged file."""
+    tensors, end = {}, 0
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = 8 + int.from_bytes(file.read(8), "little")
+            if not 8 < start <= min(size, 10_000_000):
+                raise ValueError("its header is longer than the file, or than any model's")
+            header = json.loads(file.read(start - 8))
+            header.pop("__metadata__", None)
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+                if not all(type(n) is int and n >= 0 for n in [*shape, first, last]):
+                    raise ValueError(f"{name} has an impossible shape or place")
+                # End to end, from the first byte to the last: so none can overlap, or lie outside.
+                if first != end or last - first != math.prod(shape) * dtype.itemsize or last == first:
+                    raise ValueError(f"{name} does not lie where it should")
+                end = last
+                if start + end > size:
+                    raise ValueError(f"{name} reaches past the end of the file")
+                tensors[name] = map_tensor(file, start + first, start + last, dtype).view(shape)
+            if start + end != size:
+                raise ValueError("there is something after the last tensor")
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror})") from None
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its header is not of safetensors ({error!r})") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return tensors
+
+
+def map_tensor(file, first, last, dtype):
+    """The bytes from first to last of a file, as a tensor. Changes to it do not reach the file."""
+    page = first - first % mmap.ALLOCATIONGRANULARITY  # a mapping must start at one of these
+    mapping = mmap.mmap(file.fileno(), last - page, access=mmap.ACCESS_COPY, offset=page)
+    data = torch.frombuffer(mapping, dtype=torch.uint8, offset=first - page)
+    if first % dtype.itemsize:  # as in OpenAI's files: numbers that lie askew must be copied
+        data = data.clone()
+    return data.view(dtype)
+
+
+def read_bin(path):
+    """The tensors of a pytorch_model.bin by their names. Nothing in the file can run as code."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            return tensors
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror})") from None
+    except Exception:  # a damaged file can trip its reader in any way
+        pass
+    raise ValueError(f"{path} is not a file of weights, or it is damaged")
+
+
+def export(model, tokenizer, folder):
+    """Writes the model as Hugging Face has it: GPT2LMHeadModel.from_pretrained(folder) opens it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    header, end, tensors = {"__metadata__": {"format": "pt"}}, 0, []
+    for name, p in model.named_parameters():
+        tensors.append(p.detach().t() if name.endswith(TRANSPOSED) else p.detach())
+        first, end = end, end + 4 * p.numel()
+        header[name] = dict(dtype="F32", shape=[*tensors[-1].shape], data_offsets=[first, end])
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)  # so that no number lies askew
+    with open(folder / "model.safetensors.tmp", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors:
+            file.write(tensor.contiguous().numpy())
+    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+    c = model.config
+    config = dict(
+        architectures=["GPT2LMHeadModel"],
+        model_type="gpt2",
+        vocab_size=c.vocab_size,
+        n_positions=c.block_size,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        n_embd=c.n_embd,
+        activation_function="gelu_new",
+        layer_norm_epsilon=1e-5,
+        embd_pdrop=c.dropout,
+        resid_pdrop=c.dropout,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.eot_token,
+        eos_token_id=tokenizer.eot_token,
+        tie_word_embeddings=c.tied,
+    )
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_vocabulary(tokenizer, folder)
+
+
+# In vocab.json a token is written with a visible character for each byte: its own, where it has one,
+# or else the next of those from number 256 on. A space becomes "Ġ".
+LETTERS = [chr(b) for b in VISIBLE] + [chr(256 + i) for i in range(256 - len(VISIBLE))]
+LETTER_OF, BYTE_OF = dict(zip(BYTES, LETTERS)), dict(zip(LETTERS, BYTES))
+
+
+def read_vocabulary(folder):
+    """The tokenizer in vocab.json and merges.txt; None where they are not there."""
+    paths = folder / "vocab.json", folder / "merges.txt"
+    if not all(path.exists() for path in paths):
+        return None
+    try:
+        number = json.loads(paths[0].read_bytes())
+        words = sorted(number, key=number.get)
+        merges = [line.split(" ") for line in paths[1].read_text("utf-8").splitlines()]
+        order = [number[left + right] for left, right in (m for m in merges if len(m) == 2 and m[0] != "#version:")]
+        if [number[word] for word in words] != list(range(len(words))) or order != sorted(order):
+            raise ValueError
+        return make_tokenizer(
+            [w.encode() if w == END_OF_TEXT else bytes(BYTE_OF[c] for c in w) for w in words]
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(f"{paths[0]} and merges.txt are damaged, or not GPT-2's kind") from None
+
+
+def write_vocabulary(tokenizer, folder):
+    """Writes vocab.json and merges.txt, the form in which others read a vocabulary."""
+    tokens = token_bytes(tokenizer)
+    number = {token: i for i, token in enumerate(tokens)}
+    words = ["".join(LETTER_OF[b] for b in token) for token in tokens]
+    words[tokenizer.eot_token] = END_OF_TEXT
+    lines = ["#version: 0.2"]
+    for token in tokens:
+        if token == END_OF_TEXT.encode() or len(token) == 1:
+            continue
+        parts = [bytes([b]) for b in token]  # merge all but the last time, to see which two are left
+        while len(parts) > 2:
+            pairs = [number.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
+            i = pairs.index(min(pairs))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        lines.append(" ".join("".join(LETTER_OF[b] for b in part) for part in parts))
+    vocab = json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False)
+    (folder / "vocab.json").write_text(vocab, encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def token_bytes(tokenizer):
+    return [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+# Those who read for the idea can skip to main(). What lies between keeps files safe, reads flags.
+
+
+DATA = Path(__file__).resolve().parent / "data"
+SHAKESPEARE = DATA / "tinyshakespeare.txt"  # 1 MB of the plays, put together by Andrej Karpathy
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHIPPED_PLAY = DATA / "the-glass-harbour.txt"
+HUB = "https://huggingface.co/openai-community"
+PUBLISHED = {  # the version of each model, and the SHA-256 of its weights (if None, the server's)
+    "gpt2": (
+        "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    ),
+    "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da", None),
+    "gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519", None),
+    "gpt2-xl": (
+        "15ea56dee5df4983c59b2538573817e1667135e2",
+        "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
+    ),
+}
+GPT2_VOCABULARY = {  # where tiktoken has GPT-2's tokens from, with their SHA-256
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe": (
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    ),
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json": (
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    ),
+}
+
+
+def find_weights(name_or_path, offline=False):
+    """The path of the file that has the weights; those of a published model are downloaded, unless
+    they are in data/ or in Hugging Face's cache. Raises OSError where they cannot be had, and
+    ValueError for a path that leads nowhere."""
+    if name_or_path in PUBLISHED:
+        version, sha256 = PUBLISHED[name_or_path]
+        cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
+        cache = cache / f"models--openai-community--{name_or_path}" / "snapshots" / version
+        path = DATA / name_or_path / "model.safetensors"
+        if (cache / path.name).exists():
+            return cache / path.name
+        if not path.exists():
+            if offline:
+                raise OSError(f"{path} is not there, and --offline was given")
+            url = f"{HUB}/{name_or_path}/resolve/{version}/{path.name}"
+            download(url, path, sha256 or stated_sha256(url))
+        return path
+    path = Path(name_or_path)
+    if path.is_dir():
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (path / name).exists():
+                return path / name
+        raise ValueError(f"{path} has no model.safetensors and no pytorch_model.bin")
+    if not path.is_file():
+        raise ValueError(f"there is no model {path}: name a file or folder, or {', '.join(SIZES)}")
+    return path
+
+
+def stated_sha256(url):
+    """The SHA-256 of a large file, as Hugging Face's server states it in its first answer, which
+    sends one on to where the file lies."""
+
+    class Stay(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *args):
+            return None
+
+    try:
+        request = urllib.request.Request(url, method="HEAD")
+        headers = urllib.request.build_opener(Stay).open(request, timeout=10).headers
+    except urllib.error.HTTPError as error:  # being sent on counts as one, if one stays
+        headers = error.headers
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"cannot fetch {url} ({getattr(error, 'reason', error)})") from None
+    if not (stated := headers.get("X-Linked-ETag")):
+        raise OSError(f"cannot fetch {url} (the server does not state its SHA-256)")
+    return stated.strip('"')
+
+
+def gpt2_tokenizer(offline=False):
+    """GPT-2's own tokenizer. Raises OSError where its files cannot be had."""
+    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or DATA / "tiktoken")
+    for url, sha256 in GPT2_VOCABULARY.items():
+        path = folder / hashlib.sha1(url.encode()).hexdigest()  # where tiktoken looks for it
+        if not path.exists():
+            if offline:
+                raise OSError(f"{path} is not there, and --offline was given")
+            download(url, path, sha256)
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+    return tiktoken.get_encoding("gpt2")
+
+
+def load_data(config, tokenizer):
+    """The tokenizer, learned from the text if it is None, and token numbers in two arrays, to train
+    on and to validate on; or all in one for --eval_only. Raises ValueError for data of no use."""
+    path = Path(config.data) if config.data else find_shakespeare(config)
+    if path.is_dir():  # files of 16-bit numbers, which are mapped: they may be larger than memory
+        tokenizer = tokenizer or gpt2_tokenizer(config.offline)
+        paths = [path / "val.bin"] if config.eval_only else [path / "train.bin", path / "val.bin"]
+        try:
+            parts = [np.memmap(path, dtype=np.uint16, mode="r") for path in paths]
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"cannot read the tokens in {path} ({reason})") from None
+    else:
+        text = read_text(path)
+        texts = [text] if config.eval_only else split_text(text)
+        tokenizer = tokenizer or train_bpe(texts[0], config.learned_vocab_size)
+        parts = [encode(tokenizer, text) for text in texts]
+    if len(parts[-1]) < 2 or (len(parts) > 1 and len(parts[0]) <= config.block_size):
+        counts = " and ".join(f"{len(part):,}" for part in parts)
+        raise ValueError(
+            f"{path} is too little ({counts} tokens): it takes 2 to guess one, and more than "
+            f"--block_size to learn"
+        )
+    for part in parts:
+        if part.max() >= tokenizer.n_vocab:
+            raise ValueError(f"{path} has token {part.max()}; the vocabulary ends before that")
+    print(
+        f"data: {path.name}, {' and '.join(f'{len(part):,}' for part in parts)} tokens, "
+        f"of {tokenizer.n_vocab:,} different ones"
+    )
+    return tokenizer, parts
+
+
+def read_text(path):
+    """The text of a file. Raises ValueError for one that cannot be read, or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}): convert it") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}): name a text by --data") from None
+
+
+def find_shakespeare(config):
+    """The path of Tiny Shakespeare, downloaded if need be, or else of the play shipped here."""
+    if SHAKESPEARE.exists():
+        if sha256_of(SHAKESPEARE) != SHAKESPEARE_SHA256:
+            raise ValueError(f"{SHAKESPEARE} is damaged: delete it, to have it fetched again")
+        return SHAKESPEARE
+    try:
+        if config.offline:
+            raise OSError("--offline was given")
+        download(SHAKESPEARE_URL, SHAKESPEARE, SHAKESPEARE_SHA256)
+        return SHAKESPEARE
+    except OSError as error:
+        print(f"no Tiny Shakespeare ({error}): using a shorter play, written for these scripts")
+        return SHIPPED_PLAY
+
+
+def download(url, path, sha256):
+    """Fetch url to path, going on where an earlier try broke off. The file gets its name only when
+    its SHA-256 is right: a bad or partial one is never used. Raises OSError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "ab") as file:
+            request = urllib.request.Request(url)
+            if file.tell():
+                request.add_header("Range", f"bytes={file.tell()}-")
+            with urllib.request.urlopen(request, timeout=10) as response:
+                if response.status != 206:  # 206: what is missing. Any other: the whole file anew
+                    file.truncate(0)
+                    file.seek(0)
+                size = file.tell() + int(response.headers["Content-Length"] or 0)
+                while chunk := response.read(1 << 16):
+                    file.write(chunk)
+                    print_live(f"{path.name}: {file.tell():,} of {size:,} bytes")
+                if file.tell() < size:
+                    raise OSError(f"broke off at byte {file.tell():,}; run again to go on")
+        if sha256_of(part) != sha256:
+            part.unlink()
+            raise OSError("what came is something else")
+        os.replace(part, path)
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", None) == 416:  # nothing is there from that byte on: start anew
+            part.unlink()
+        raise OSError(f"cannot fetch {url} ({getattr(error, 'reason', error)})") from None
+    finally:
+        print(CLEAR_LINE, end="")
+        if part.exists() and part.stat().st_size == 0:
+            part.unlink()
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_checkpoint(path, *scripts):
+    """The checkpoint at path, written by one of the scripts. Nothing in the file can run as code.
+    Raises ValueError where there is none, or not one of theirs."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        parts = {"config", "vocab", "model", "history"}
+        if checkpoint["script"] in scripts and parts <= checkpoint.keys():
+            return checkpoint
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}): train that model first") from None
+    except Exception:  # a damaged file can trip its reader in any way
+        pass
+    raise ValueError(f"{path} is not a checkpoint of {' or '.join(f'{s}.py' for s in scripts)}")
+
+
+def pack_vocab(tokenizer):
+    """The tokens as strings, a character for each byte: what a checkpoint can hold."""
+    return [token.decode("latin-1") for token in token_bytes(tokenizer)]
+
+
+def unpack_vocab(vocab):
+    return make_tokenizer([token.encode("latin-1") for token in vocab])
+
+
+def check_writable(path):
+    """Find out before training, not after it, that the checkpoint cannot be saved."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(f"cannot write --out {path} ({error.strerror}): name another") from None
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a directory: name a file in it")
+
+
+def save_checkpoint(path, checkpoint):
+    """Write to another name, then rename: at any moment the old file or the new one is whole."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, not only on its way there
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+
+
+def fail(message):
+    """A mistake that the user can mend ends in one line on standard error, and exit status 2."""
+    print(CLEAR_LINE, end="", flush=True)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_numbers(config, may_be_zero):
+    """Raise ValueError for a setting that is not above zero (or at zero, where it may be)."""
+    for name, value in vars(config).items():
+        if type(value) in (int, float):
+            least = "0 or more" if name in may_be_zero else "above 0"
+            if not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
+                raise ValueError(f"--{name} must be {least} and below 2**31; it is {value}")
+
+
+def parse_flags(Config):
+    """A flag for each field of Config, explained by the comment beside the field. Returns a dict of
+    those that were given."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.error = fail
+    comments = dict(re.findall(r"^    (\w+): .* # (.*)", inspect.getsource(Config), re.MULTILINE))
+    for field in fields(Config):
+        if field.name == "vocab_size":
+            continue
+        text = f"{comments[field.name]} [{field.default}]"
+        if field.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": field.type, "metavar": field.type.__name__}
+        parser.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **how)
+    return vars(parser.parse_args())
+
+
+def pick_device(name):
+    """The device called name, or for "auto" the fastest kind that is there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    there = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
+    if name != "auto" and name not in there:
+        raise ValueError(f"--device {name} is not there; it can be auto, {', '.join(there)}")
+    return torch.device(there[0] if name == "auto" else name)
+
+
+def pick_dtype(name, device):
+    """The number format of matrix products. bfloat16 has the range of float32 in half the bits, and
+    is twice as fast where the hardware knows it; weights and sums stay in float32 either way."""
+    if name not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"--dtype must be auto, float32 or bfloat16; it is {name}")
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        fast = features.get("avx512_bf16") or features.get("amx_bf16")
+    else:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def start(given, device):
+    """Settings, model and tokenizer, as the flags given ask for. Of a model from scratch only the
+    settings are there yet."""
+    ends = given.get("eval_only") or given.get("export")
+    init = given.get("init") or (given.get("out", GPTConfig.out) if ends else "")
+    if init != "scratch":
+        try:
+            settings = {**FINE_TUNING_SETTINGS, **given}
+            model, tokenizer = load_pretrained(init or "gpt2", **settings)
+            if tokenizer is None and model.config.vocab_size == 50257:
+                tokenizer = gpt2_tokenizer(model.config.offline)
+            if tokenizer is None or tokenizer.n_vocab != model.config.vocab_size:
+                raise ValueError(f"{init}: no vocab.json and merges.txt of its size are with it")
+            return model.config, model, tokenizer
+        except OSError as error:
+            if init:
+                raise
+            print(f"no GPT-2 ({error}): training from scratch; --init PATH takes weights from there")
+    small = device.type == "cpu" and not given.get("full")
+    config = GPTConfig(**{**(CPU_SETTINGS if small else {}), **given})
+    tokenizer = None
+    if config.tokenizer == "gpt2":
+        try:
+            tokenizer = gpt2_tokenizer(config.offline)
+        except OSError as error:
+            if "tokenizer" in given:
+                raise
+            print(f"no vocabulary of GPT-2 ({error}): learning one from the text")
+    return config, None, tokenizer
+
+
+def main():
+    given = parse_flags(GPTConfig)
+    checkpoint, model = None, None
+    if given.get("resume"):
+        checkpoint = load_checkpoint(given.get("out", GPTConfig.out), "bpe_gpt")
+        settings = checkpoint["config"]
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "tied"):
+            if given.get(name, settings[name]) != settings[name]:
+                raise ValueError(f"--{name} cannot change; the run to resume has {settings[name]}")
+        config = GPTConfig(**{**settings, "out": GPTConfig.out, **given})
+        tokenizer = unpack_vocab(checkpoint["vocab"])
+        device = pick_device(config.device)
+    else:
+        device = pick_device(given.get("device", "auto"))
+        config, model, tokenizer = start(given, device)
+    if config.export:
+        export(model, tokenizer, config.export)
+        print(f"wrote {config.export}, which GPT2LMHeadModel.from_pretrained opens")
+        return
+    dtype = pick_dtype(config.dtype, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    tokenizer, data = load_data(config, tokenizer)
+    if config.eval_only:
+        model.to(device)
+        with autocast:
+            loss = evaluate(model, data[0], config, config.stride or None)
+        bits = bits_per_byte(loss, data[0], tokenizer)
+        print(f"loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bits:.3f} bits per byte")
+        return
+    check_writable(config.out)
+    config.vocab_size = tokenizer.n_vocab
+    torch.manual_seed(config.seed)
+    learned = model is not None
+    model = (model or GPT(config)).to(device)
+    for p in model.parameters():
+        p.data = p.data.contiguous()  # as a resumed run will have them: the same bits come out
+    if checkpoint is None:
+        checkpoint = dict(script="bpe_gpt", vocab=pack_vocab(tokenizer), history=[], last=None)
+    elif checkpoint["last"]["step"] >= config.max_iters:
+        raise ValueError(f"{config.out} has had its {config.max_iters} steps: raise --max_iters")
+    checkpoint["config"] = asdict(config)
+    if not checkpoint["history"]:
+        checkpoint["model"] = model.state_dict()  # the weights as they are, until there is a best
+
+    n_params = sum(p.numel() for p in model.parameters())
+    n_tokens = max(config.total_batch_size // config.block_size, 1) * config.block_size
+    print(
+        f"model: GPT, {config.n_layer} layers of {config.n_head} heads, {config.n_embd} wide, "
+        f"{n_params:,} parameters, on {device} in {str(dtype).removeprefix('torch.')}\n"
+        f"plan: {config.max_iters:,} steps of {n_tokens:,} tokens, {'fine-tuning' if learned else 'from scratch'}"
+    )
+    if checkpoint["last"]:
+        print(f"going on after step {checkpoint['last']['step']:,}")
+    else:
+        if Path(config.out).exists():
+            print(f"note: {config.out} is there already, and will be replaced")
+        with autocast:
+            val_loss = evaluate(model, data[1], config)
+        even = f"ln({config.vocab_size}) = {math.log(config.vocab_size):.4f}"
+        print(f"before training (an even guess costs {even}):")
+        print_evaluation([[0, None, val_loss]], model, tokenizer, data[1], config)
+
+    done = train(model, tokenizer, *data, config, autocast, checkpoint)
+    if done < config.max_iters:
+        print(f"{CLEAR_LINE}stopped after step {done:,}, and saved {config.out}")
+        print(f"to go on: python bpe_gpt.py --resume --out {config.out}")
+        return
+    best_step, _, best = min(checkpoint["history"], key=lambda row: row[2])
+    print(
+        f"validation loss {checkpoint['history'][-1][2]:.4f} at the end, "
+        f"{best:.4f} at best (step {best_step:,}, kept)\n"
+        f"saved {config.out}; to sample from it: python sample.py {config.out}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted")
+    except (OSError, ValueError) as error:
+        fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("out of memory|allocate|MemoryError", repr(error)):
+            raise
+        fail("out of memory: lower --batch_size, --block_size or the size of the model")
