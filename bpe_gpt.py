@@ -64,17 +64,16 @@ class GPTConfig:
     n_embd: int = 768  # numbers that stand for a token on its way through the blocks
     tied: bool = True  # one table for the tokens that go in and those that come out
     dropout: float = 0.1  # share of results zeroed at random in training, so that none is vital
-    fused: bool = True  # PyTorch's own code for what is written out below, where that is faster
-    init: str = ""  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder or file of weights, or scratch
+    init: str = ""  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, folder or file of weights, or scratch
     tokenizer: str = "gpt2"  # from scratch: gpt2, or learned, which is made from the text itself
-    learned_vocab_size: int = 1024  # tokens in a vocabulary that is learned, 65536 at most
+    learned_vocab_size: int = 1024  # tokens in a vocabulary that is learned
     data: str = ""  # text (UTF-8), or folder with train.bin and val.bin; if none, Tiny Shakespeare
-    stride: int = 0  # tokens from one training sequence to the next; 0: they start at random places
+    stride: int = 0  # tokens from one sequence to the next; 0: they start at random places
     offline: bool = False  # never fetch anything from the network
     out: str = "out/bpe_gpt.pt"  # where to save the trained model, for sample.py to use
     resume: bool = False  # go on with the run saved there, with its settings
-    eval_only: bool = False  # print the loss over the whole text, and end; --stride sets the windows
-    export: str = ""  # write the model to this folder, as Hugging Face's transformers has it, and end
+    eval_only: bool = False  # print the loss over the whole text, in windows by --stride, and end
+    export: str = ""  # write the model to this folder, for Hugging Face's transformers, and end
     full: bool = False  # from scratch: train the model of these settings on a CPU too
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is there
     dtype: str = "auto"  # of matrix products: float32 or bfloat16; auto: whichever is fast here
@@ -94,25 +93,15 @@ class GPTConfig:
     def __post_init__(self):
         zero = {"dropout", "stride", "seed", "muon_learning_rate", "warmup_iters", "weight_decay"}
         check_numbers(self, may_be_zero=zero)
-        if self.dropout >= 1:
-            raise ValueError(f"--dropout must be below 1; it is {self.dropout}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"--n_head must divide --n_embd, {self.n_embd}; it is {self.n_head}")
-        if self.total_batch_size % self.block_size:
-            raise ValueError(
-                f"--total_batch_size must be a multiple of --block_size, {self.block_size}; "
-                f"it is {self.total_batch_size}"
-            )
-        if self.stride > self.block_size:
-            raise ValueError(
-                f"--stride must be at most --block_size, {self.block_size}; it is {self.stride}"
-            )
-        if self.tokenizer not in ("gpt2", "learned"):
-            raise ValueError(f"--tokenizer must be gpt2 or learned; it is {self.tokenizer}")
-        if not 257 <= self.learned_vocab_size <= 65536:
-            raise ValueError(
-                f"--learned_vocab_size must be from 257 to 65536; it is {self.learned_vocab_size}"
-            )
+        for name, good, rule in (
+            ("dropout", self.dropout < 1, "below 1"),
+            ("n_head", self.n_embd % self.n_head == 0, f"a divisor of --n_embd, {self.n_embd}"),
+            ("stride", self.stride <= self.block_size, f"--block_size, {self.block_size}, at most"),
+            ("tokenizer", self.tokenizer in ("gpt2", "learned"), "gpt2 or learned"),
+            ("learned_vocab_size", self.learned_vocab_size > 256, "above 256, the single bytes"),
+        ):
+            if not good:
+                raise ValueError(f"--{name} must be {rule}; it is {getattr(self, name)}")
 
 
 # The published models, and how many numbers they have learned.
@@ -209,6 +198,9 @@ def make_tokenizer(tokens):
     word to be encoded, it merges the two neighbours that give the token learned first, and again,
     until there are none."""
     number = {token: i for i, token in enumerate(tokens)}
+    needed = {END_OF_TEXT.encode(), *(bytes([b]) for b in BYTES)}
+    if len(number) < len(tokens) or not needed <= number.keys():
+        raise ValueError("a vocabulary has every byte, the end of text, and no token twice")
     special = {END_OF_TEXT: number.pop(END_OF_TEXT.encode())}
     return tiktoken.Encoding(
         "bpe_gpt", pat_str=WORDS, mergeable_ranks=number, special_tokens=special
@@ -216,8 +208,8 @@ def make_tokenizer(tokens):
 
 
 def encode(tokenizer, text):
-    """Text to token numbers, an array; `<|endoftext|>` in the text becomes the token of that name"""
-    return np.array(tokenizer.encode(text, allowed_special="all"), dtype=np.uint16)
+    """Text to an array of token numbers; "<|endoftext|>" becomes the token of that name."""
+    return np.array(tokenizer.encode(text, allowed_special="all"), dtype=np.int32)
 
 
 def split_text(text):
@@ -229,12 +221,13 @@ def split_text(text):
 
 def get_batch(data, config, step):
     """Inputs x and targets y for one training step, both (B, T), from an array of token numbers.
-    Here B is total_batch_size / block_size, in all that pass through the model before it steps.
+    Here B is the number of sequences in the whole step, total_batch_size / block_size.
 
-    The rows start at random places; or with --stride, at the multiples of that stride, shuffled anew
-    in each epoch, so that each is seen once in it. Both depend on (seed, step) alone.
+    The rows start at random places; or, with a stride, at all its multiples, which are shuffled
+    anew for each epoch and seen once in it. Both depend on (seed, step) alone.
     """
-    B, T = config.total_batch_size // config.block_size, config.block_size
+    T = config.block_size
+    B = max(config.total_batch_size // T, 1)
     if config.stride == 0:
         rng = np.random.default_rng((config.seed, step))
         starts = rng.integers(len(data) - T, size=B)
@@ -256,48 +249,13 @@ def shuffled(n, seed, epoch):
 # Model
 
 # C stands for n_embd: every token is a row of C numbers, so that x is (B, T, C) on its whole way.
-
-
-class LayerNorm(nn.Module):
-    """Brings each token's C numbers to mean 0 and variance 1, so that no layer meets inputs that
-    are huge or tiny; then scales and shifts them by amounts that are learned, the gain (weight) and
-    the bias. Ba, Kiros & Hinton 2016."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.fused = config.fused
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(config.n_embd))
-
-    def forward(self, x):
-        if self.fused:  # PyTorch's own code for the formula below
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
-        mean = x.mean(dim=-1, keepdim=True)  # (B, T, 1)
-        variance = ((x - mean) ** 2).mean(dim=-1, keepdim=True)  # (B, T, 1)
-        x = (x - mean) / torch.sqrt(variance + 1e-5)  # 1e-5: never divide by zero
-        return x * self.weight + self.bias
-
-
-class GELU(nn.Module):
-    """The bend between two linear maps, without which they would be no better than one. It lets
-    positive numbers pass and holds negative ones back, like max(0, x), but smoothly: x times the
-    chance that a standard normal variable is below x. Hendrycks & Gimpel 2016; GPT-2 takes their
-    approximation with tanh."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.fused = config.fused
-
-    def forward(self, x):
-        if self.fused:
-            return F.gelu(x, approximate="tanh")
-        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+# LayerNorm and GELU, which char_gpt.py writes out, are PyTorch's own from here on.
 
 
 def attention(q, k, v):
-    """Lets each token gather what it needs from itself and the tokens before it, as in char_gpt.py:
-    softmax(q k^T / sqrt(head_size)) v. q and the result are (B, n_head, T, head_size); k and v are
-    (B, n_head, S, head_size), of S tokens, of which the T that ask are the last."""
+    """Lets each token gather what it needs from itself and the tokens before it, as char_gpt.py
+    explains. q and the result are (B, n_head, T, head_size). k and v are of S tokens, the last T of
+    which are those that ask: (B, n_head, S, head_size)."""
     T, S, head_size = q.shape[-2], *k.shape[-2:]
     scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, S): row asks column
     visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -324,7 +282,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.fused = config.n_head, config.fused
+        self.n_head = config.n_head
         # nn.Linear multiplies by a learned matrix and adds a learned bias. The names of all parts
         # that learn are those of GPT-2's published weights.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # makes q, k and v of all heads
@@ -336,10 +294,10 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         # Heads go before tokens, so that each head's matrix product is done by itself.
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
-        if kv is not None:  # a place for k and v of all S tokens so far, (2, B, n_head, S, head_size)
-            kv[0, ..., -T:, :], kv[1, ..., -T:, :] = k, v  # keep the new ones
+        if kv is not None:  # a place for k and v of all S tokens, (2, B, n_head, S, head_size)
+            kv[0, ..., -T:, :], kv[1, ..., -T:, :] = k, v  # keep what is new
             k, v = kv  # and look at all
-        if self.fused and T == k.shape[2]:
+        if T == k.shape[2]:  # nothing came before: PyTorch's own code for attention() is faster
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             y = attention(q, k, v)
@@ -353,7 +311,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.gelu = GELU(config)
+        self.gelu = nn.GELU(approximate="tanh")
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -368,9 +326,9 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = LayerNorm(config)
+        self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x, kv=None):
@@ -393,7 +351,7 @@ class GPT(nn.Module):
                 "wpe": nn.Embedding(config.block_size, config.n_embd),  # of positions
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                "ln_f": LayerNorm(config),
+                "ln_f": nn.LayerNorm(config.n_embd),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -475,12 +433,12 @@ def generate(model, idx, max_new_tokens, choose=draw):
 
 
 @torch.no_grad()
-def evaluate(model, data, config, stride=None):
+def evaluate(model, data, config, stride=0):
     """The mean loss over all of data, an array of token numbers, each guessed once (but the first).
 
-    The model looks through windows of block_size tokens, which start every `stride` tokens (if None,
-    end to end). Where windows overlap, a token counts in the first only; in the others it helps to
-    guess those after it. So a smaller stride gives each token more to go by, and takes longer.
+    The model looks through windows of block_size tokens, which start every `stride` tokens (if 0,
+    end to end). Where windows overlap, a token counts in the first only, and in the others helps to
+    guess those after it: a smaller stride gives each token more to go by, and takes longer.
     """
     model.eval()
     device = model.transformer.wte.weight.device
@@ -513,10 +471,9 @@ def bits_per_byte(loss, data, tokenizer):
 
 
 def make_optimizers(model, config):
-    """As in char_gpt.py, Muon for the matrices in the blocks and AdamW for the rest, where a model
-    learns from scratch. What AdamW has taught, as to GPT-2, AdamW goes on teaching: without
-    a learning rate for Muon, all is AdamW's. Only matrices decay: gains and biases are few, and mean
-    what they are."""
+    """As in char_gpt.py, Muon for the matrices in the blocks and AdamW for the rest; or AdamW for
+    all, if Muon has no learning rate: the published weights are Adam's work, which AdamW continues.
+    Only matrices decay; gains have no reason to be small, and biases are few."""
     muon, decay, others = [], [], []
     for name, p in model.named_parameters():
         if p.dim() < 2:
@@ -541,8 +498,8 @@ def learning_rate_share(step, config):
 
 
 def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
-    """Gradient descent, as in char_gpt.py, with steps of any size: the gradient of a step is the sum
-    of those of its parts, batch_size sequences each, that fit into memory one at a time.
+    """Gradient descent, as in char_gpt.py, with steps of any size: the batch of a step goes through
+    the model in parts that fit into memory, batch_size sequences each, and gradients add up.
 
     At each evaluation, and after Ctrl-C, saves the checkpoint with what is new in it: the history
     ([step, training loss, validation loss] of each evaluation), the weights that had the best
@@ -652,17 +609,26 @@ def check_loss(loss, step):
 def print_evaluation(history, model, tokenizer, val_data, config):
     """The losses of the latest evaluation, and what the model writes by now."""
     step, train_loss, val_loss = history[-1]
-    bits = bits_per_byte(val_loss, val_data, tokenizer)
+    print(
+        f"{CLEAR_LINE}step {step}/{config.max_iters}: training loss {train_loss:.4f}, "
+        f"validation loss {val_loss:.4f} ({other_units(val_loss, val_data, tokenizer)})"
+    )
+    print_sample(model, tokenizer, config)
+
+
+def other_units(loss, data, tokenizer):
+    """The loss as a perplexity: among how many tokens, all as likely, one would have to guess to do
+    as badly. And in bits per byte."""
+    bits = bits_per_byte(loss, data, tokenizer)
+    return f"perplexity {math.exp(loss):.2f}, {bits:.3f} bits per byte"
+
+
+def print_sample(model, tokenizer, config):
     torch.manual_seed(config.seed)
     # What stands at the start of a text is the end of the text before it.
     start = torch.full((1, 1), tokenizer.eot_token, device=model.transformer.wte.weight.device)
-    ids = [column.item() for column in generate(model, start, max_new_tokens=50)]
-    so_far = f"step {step}/{config.max_iters}: training loss {train_loss:.4f}" if step else "before"
-    print(
-        f"{CLEAR_LINE}{so_far}, validation loss {val_loss:.4f} "
-        f"(perplexity {math.exp(val_loss):.2f}, {bits:.3f} bits per byte)\n"
-        + textwrap.indent(tokenizer.decode(ids).strip(), "    | ", lambda line: True)
-    )
+    ids = [column.item() for column in generate(model, start, max_new_tokens=60)]
+    print(textwrap.indent(tokenizer.decode(ids).strip(), "    | ", lambda line: True))
 
 
 def print_progress(step, steps_here, n_tokens, loss, started, config):
@@ -701,18 +667,13 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 
 
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}  # of masks
 
 
 def load_pretrained(name_or_path, **settings):
-    """See GPT.from_pretrained; the path may also be that of a checkpoint of this script. Returns the
-    model, and its tokenizer (None where the folder has none)."""
+    """See GPT.from_pretrained; the path may also be that of a checkpoint of this script. Returns
+    the model, and its tokenizer (None where the folder has none)."""
     path = find_weights(name_or_path, settings.get("offline", False))
     ours = path.suffix not in (".safetensors", ".bin")
     if ours:
@@ -732,9 +693,12 @@ def load_pretrained(name_or_path, **settings):
         if settings.get(name, value) != value and (name != "block_size" or block_size > value):
             raise ValueError(f"--{name} cannot be {settings[name]}: it is {value} in {path}")
     if shape["n_layer"] > len(tensors):  # before any time is spent on so many
-        raise ValueError(f"{path} has {len(tensors)} tensors, too few for {shape['n_layer']} layers")
-    with torch.device("meta"):  # shapes without memory: the tensors themselves become the weights
-        model = GPT(GPTConfig(**{**settings, **shape}))
+        raise ValueError(f"{path} has no {shape['n_layer']} layers, but {len(tensors)} tensors")
+    try:
+        with torch.device("meta"):  # shapes, without memory: the tensors will be the weights
+            model = GPT(GPTConfig(**{**settings, **shape}))
+    except RuntimeError:
+        raise ValueError(f"{path} is not of the sizes that its configuration has") from None
     take_weights(model, tensors, path, transposed=() if ours else TRANSPOSED)
     if block_size < shape["block_size"]:  # positions that are not wanted
         wpe = model.transformer.wpe
@@ -744,8 +708,8 @@ def load_pretrained(name_or_path, **settings):
 
 
 def take_weights(model, tensors, path, transposed):
-    """Makes the tensors the model's parameters, each in its place. Raises ValueError for one that is
-    missing, of no use, of another shape, or not finite."""
+    """Makes the tensors the model's parameters, each in its place. Raises ValueError for one that
+    is missing, of no use, of another shape, or not finite."""
     expected, found = dict(model.named_parameters()), {}
     for name, tensor in tensors.items():
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
@@ -819,22 +783,23 @@ def read_safetensors(path):
             header = json.loads(file.read(start - 8))
             header.pop("__metadata__", None)
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-                if not all(type(n) is int and n >= 0 for n in [*shape, first, last]):
+                dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+                first, last = entry["data_offsets"]
+                if not all(type(n) is int and n > 0 for n in [*shape, last]):
                     raise ValueError(f"{name} has an impossible shape or place")
-                # End to end, from the first byte to the last: so none can overlap, or lie outside.
-                if first != end or last - first != math.prod(shape) * dtype.itemsize or last == first:
+                # Tensors lie end to end, so that none overlaps another.
+                if first != end or last - first != math.prod(shape) * dtype.itemsize:
                     raise ValueError(f"{name} does not lie where it should")
-                end = last
-                if start + end > size:
+                if start + last > size:
                     raise ValueError(f"{name} reaches past the end of the file")
                 tensors[name] = map_tensor(file, start + first, start + last, dtype).view(shape)
+                end = last
             if start + end != size:
                 raise ValueError("there is something after the last tensor")
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror})") from None
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its header is not of safetensors ({error!r})") from None
+        raise ValueError(f"{path} has a header that makes no sense ({error!r})") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     return tensors
@@ -901,10 +866,14 @@ def export(model, tokenizer, folder):
     write_vocabulary(tokenizer, folder)
 
 
-# In vocab.json a token is written with a visible character for each byte: its own, where it has one,
-# or else the next of those from number 256 on. A space becomes "Ġ".
+# In vocab.json and merges.txt a token is written with a visible character for each byte: its own,
+# or else the next one from number 256 on. So a space becomes "Ġ".
 LETTERS = [chr(b) for b in VISIBLE] + [chr(256 + i) for i in range(256 - len(VISIBLE))]
 LETTER_OF, BYTE_OF = dict(zip(BYTES, LETTERS)), dict(zip(LETTERS, BYTES))
+
+
+def spell(token):
+    return "".join(LETTER_OF[b] for b in token)
 
 
 def read_vocabulary(folder):
@@ -915,13 +884,12 @@ def read_vocabulary(folder):
     try:
         number = json.loads(paths[0].read_bytes())
         words = sorted(number, key=number.get)
-        merges = [line.split(" ") for line in paths[1].read_text("utf-8").splitlines()]
-        order = [number[left + right] for left, right in (m for m in merges if len(m) == 2 and m[0] != "#version:")]
-        if [number[word] for word in words] != list(range(len(words))) or order != sorted(order):
-            raise ValueError
-        return make_tokenizer(
-            [w.encode() if w == END_OF_TEXT else bytes(BYTE_OF[c] for c in w) for w in words]
-        )
+        merges = [line for line in paths[1].read_text("utf-8").split("\n") if line][1:]
+        merged = [number[merge.replace(" ", "")] for merge in merges]
+        if [number[word] for word in words] != [*range(len(words))] or merged != sorted(merged):
+            raise ValueError  # tiktoken merges in the order of the numbers
+        tokens = [bytes(BYTE_OF[letter] for letter in word) for word in words]
+        return make_tokenizer(tokens)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{paths[0]} and merges.txt are damaged, or not GPT-2's kind") from None
 
@@ -930,19 +898,17 @@ def write_vocabulary(tokenizer, folder):
     """Writes vocab.json and merges.txt, the form in which others read a vocabulary."""
     tokens = token_bytes(tokenizer)
     number = {token: i for i, token in enumerate(tokens)}
-    words = ["".join(LETTER_OF[b] for b in token) for token in tokens]
-    words[tokenizer.eot_token] = END_OF_TEXT
     lines = ["#version: 0.2"]
     for token in tokens:
         if token == END_OF_TEXT.encode() or len(token) == 1:
             continue
-        parts = [bytes([b]) for b in token]  # merge all but the last time, to see which two are left
+        parts = [bytes([b]) for b in token]  # merge until two are left, to see which these are
         while len(parts) > 2:
             pairs = [number.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
             i = pairs.index(min(pairs))
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        lines.append(" ".join("".join(LETTER_OF[b] for b in part) for part in parts))
-    vocab = json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False)
+        lines.append(" ".join(map(spell, parts)))
+    vocab = json.dumps({spell(token): i for token, i in number.items()}, ensure_ascii=False)
     (folder / "vocab.json").write_text(vocab, encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -977,14 +943,10 @@ PUBLISHED = {  # the version of each model, and the SHA-256 of its weights (if N
         "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
     ),
 }
-GPT2_VOCABULARY = {  # where tiktoken has GPT-2's tokens from, with their SHA-256
-    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe": (
-        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-    ),
-    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json": (
-        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-    ),
-}
+TIKTOKEN_FILES = (  # the names that tiktoken gives to its copies of GPT-2's vocabulary
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+)
 
 
 def find_weights(name_or_path, offline=False):
@@ -1036,16 +998,28 @@ def stated_sha256(url):
 
 
 def gpt2_tokenizer(offline=False):
-    """GPT-2's own tokenizer. Raises OSError where its files cannot be had."""
+    """GPT-2's own tokenizer, fetched once. Raises OSError where it cannot be had."""
     folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or DATA / "tiktoken")
-    for url, sha256 in GPT2_VOCABULARY.items():
-        path = folder / hashlib.sha1(url.encode()).hexdigest()  # where tiktoken looks for it
-        if not path.exists():
-            if offline:
-                raise OSError(f"{path} is not there, and --offline was given")
-            download(url, path, sha256)
+    if offline and not all((folder / name).exists() for name in TIKTOKEN_FILES):
+        raise OSError(f"GPT-2's vocabulary is not in {folder}, and --offline was given")
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
-    return tiktoken.get_encoding("gpt2")
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # of the network's many kinds, or a file that is not the right one
+        raise OSError(f"cannot fetch GPT-2's vocabulary ({type(error).__name__})") from None
+
+
+def fit_tokenizer(tokenizer, model):
+    """The tokenizer that came with a model; if none did, GPT-2's own. Raises ValueError where that
+    is not the model's, and OSError where it cannot be had."""
+    if tokenizer is None and model.config.vocab_size == 50257:
+        tokenizer = gpt2_tokenizer(model.config.offline)
+    if tokenizer is None or tokenizer.n_vocab != model.config.vocab_size:
+        raise ValueError(
+            f"the model has {model.config.vocab_size} tokens, and no vocab.json and merges.txt "
+            f"with as many lie beside it"
+        )
+    return tokenizer
 
 
 def load_data(config, tokenizer):
@@ -1260,34 +1234,33 @@ def pick_dtype(name, device):
 
 
 def start(given, device):
-    """Settings, model and tokenizer, as the flags given ask for. Of a model from scratch only the
-    settings are there yet."""
-    ends = given.get("eval_only") or given.get("export")
-    init = given.get("init") or (given.get("out", GPTConfig.out) if ends else "")
+    """Settings, model and tokenizer, as the given flags ask for. A model from scratch is not made
+    yet, nor a tokenizer that is learned: both are None."""
+    needs_weights = given.get("eval_only") or given.get("export")
+    init = given.get("init") or (given.get("out", GPTConfig.out) if needs_weights else "")
+    if needs_weights and init == "scratch":
+        raise ValueError("--init scratch has learned nothing to export or evaluate: name a model")
+    offline = given.get("offline", False)
     if init != "scratch":
         try:
-            settings = {**FINE_TUNING_SETTINGS, **given}
-            model, tokenizer = load_pretrained(init or "gpt2", **settings)
-            if tokenizer is None and model.config.vocab_size == 50257:
-                tokenizer = gpt2_tokenizer(model.config.offline)
-            if tokenizer is None or tokenizer.n_vocab != model.config.vocab_size:
-                raise ValueError(f"{init}: no vocab.json and merges.txt of its size are with it")
-            return model.config, model, tokenizer
+            model, tokenizer = load_pretrained(init or "gpt2", **{**FINE_TUNING_SETTINGS, **given})
+            return model.config, model, fit_tokenizer(tokenizer, model)
         except OSError as error:
             if init:
                 raise
-            print(f"no GPT-2 ({error}): training from scratch; --init PATH takes weights from there")
+            print(f"no GPT-2 ({error}): training from scratch (or name weights by --init)")
     small = device.type == "cpu" and not given.get("full")
     config = GPTConfig(**{**(CPU_SETTINGS if small else {}), **given})
-    tokenizer = None
+    if small:
+        print("on a CPU a small model is trained; --full trains the full one, --init gpt2 GPT-2")
     if config.tokenizer == "gpt2":
         try:
-            tokenizer = gpt2_tokenizer(config.offline)
+            return config, None, gpt2_tokenizer(offline)
         except OSError as error:
             if "tokenizer" in given:
                 raise
-            print(f"no vocabulary of GPT-2 ({error}): learning one from the text")
-    return config, None, tokenizer
+            print(f"no GPT-2 tokenizer ({error}): learning one from the text")
+    return config, None, None
 
 
 def main():
@@ -1296,36 +1269,35 @@ def main():
     if given.get("resume"):
         checkpoint = load_checkpoint(given.get("out", GPTConfig.out), "bpe_gpt")
         settings = checkpoint["config"]
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "tied"):
+        for name in ("n_layer", "n_head", "n_embd", "block_size"):
             if given.get(name, settings[name]) != settings[name]:
                 raise ValueError(f"--{name} cannot change; the run to resume has {settings[name]}")
         config = GPTConfig(**{**settings, "out": GPTConfig.out, **given})
-        tokenizer = unpack_vocab(checkpoint["vocab"])
-        device = pick_device(config.device)
+        device, tokenizer = pick_device(config.device), unpack_vocab(checkpoint["vocab"])
     else:
         device = pick_device(given.get("device", "auto"))
         config, model, tokenizer = start(given, device)
-    if config.export:
-        export(model, tokenizer, config.export)
-        print(f"wrote {config.export}, which GPT2LMHeadModel.from_pretrained opens")
-        return
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    if config.export:
+        export(model, tokenizer, config.export)
+        print(f"wrote {config.export}, which transformers' GPT2LMHeadModel.from_pretrained opens")
+        return
     tokenizer, data = load_data(config, tokenizer)
     if config.eval_only:
-        model.to(device)
         with autocast:
-            loss = evaluate(model, data[0], config, config.stride or None)
-        bits = bits_per_byte(loss, data[0], tokenizer)
-        print(f"loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bits:.3f} bits per byte")
+            loss = evaluate(model.to(device), data[0], config, config.stride)
+        print(f"loss {loss:.4f} ({other_units(loss, data[0], tokenizer)})")
         return
     check_writable(config.out)
-    config.vocab_size = tokenizer.n_vocab
-    torch.manual_seed(config.seed)
-    learned = model is not None
-    model = (model or GPT(config)).to(device)
-    for p in model.parameters():
-        p.data = p.data.contiguous()  # as a resumed run will have them: the same bits come out
+    learns_from_scratch = model is None
+    if learns_from_scratch:
+        config.vocab_size = tokenizer.n_vocab
+        torch.manual_seed(config.seed)
+        model = GPT(config)
+    model.to(device)
+    for p in model.parameters():  # published weights lie transposed: slower, and not the bits
+        p.data = p.data.contiguous()  # that come out of a run which is resumed
     if checkpoint is None:
         checkpoint = dict(script="bpe_gpt", vocab=pack_vocab(tokenizer), history=[], last=None)
     elif checkpoint["last"]["step"] >= config.max_iters:
@@ -1339,7 +1311,7 @@ def main():
     print(
         f"model: GPT, {config.n_layer} layers of {config.n_head} heads, {config.n_embd} wide, "
         f"{n_params:,} parameters, on {device} in {str(dtype).removeprefix('torch.')}\n"
-        f"plan: {config.max_iters:,} steps of {n_tokens:,} tokens, {'fine-tuning' if learned else 'from scratch'}"
+        f"plan: {config.max_iters:,} steps of {n_tokens:,} tokens"
     )
     if checkpoint["last"]:
         print(f"going on after step {checkpoint['last']['step']:,}")
@@ -1348,9 +1320,13 @@ def main():
             print(f"note: {config.out} is there already, and will be replaced")
         with autocast:
             val_loss = evaluate(model, data[1], config)
-        even = f"ln({config.vocab_size}) = {math.log(config.vocab_size):.4f}"
-        print(f"before training (an even guess costs {even}):")
-        print_evaluation([[0, None, val_loss]], model, tokenizer, data[1], config)
+        print(
+            f"before training: validation loss {val_loss:.4f} "
+            f"({other_units(val_loss, data[1], tokenizer)}); "
+            f"an even guess costs ln({config.vocab_size}) = {math.log(config.vocab_size):.4f}"
+        )
+        if not learns_from_scratch:
+            print_sample(model, tokenizer, config)
 
     done = train(model, tokenizer, *data, config, autocast, checkpoint)
     if done < config.max_iters:

@@ -1,7 +1,9 @@
-"""Text out of the models that bigram.py and char_gpt.py have trained.
+"""Text out of the models that the other scripts have trained, and out of GPT-2.
 
     python sample.py                            # from the newest checkpoint in out/
     python sample.py out/bigram.pt              # from this one
+    python sample.py gpt2                       # from GPT-2 as published; so too gpt2-medium, -xl
+    python sample.py FOLDER                     # from a GPT-2 in Hugging Face's layout
     python sample.py --prompt "ROMEO:"          # go on from these words
     python sample.py --temperature 0.8 --top_k 20
 
@@ -13,10 +15,11 @@ as many of them as it takes to reach a probability of p (nucleus sampling, Holtz
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy"]
+# dependencies = ["torch==2.13.0", "numpy>=2,<3", "tiktoken>=0.9,<1"]
 # ///
 
 import argparse
+import codecs
 import math
 import re
 import signal
@@ -25,8 +28,10 @@ from pathlib import Path
 
 import torch
 
-from bigram import BigramConfig, BigramLanguageModel, draw
-from char_gpt import GPT, CharTokenizer, GPTConfig, fail, generate, load_checkpoint, pick_device
+import bigram
+import bpe_gpt
+import char_gpt
+from char_gpt import CharTokenizer, draw, fail, load_checkpoint, pick_device, pick_dtype
 
 # ---------------------------------------------------------------------------------------------
 # Decoding
@@ -39,6 +44,7 @@ def make_choice(temperature=1.0, top_k=None, top_p=1.0):
     def choose(logits):
         if temperature == 0:
             return logits.argmax(dim=-1, keepdim=True)
+        logits = logits.float()  # a model in bfloat16 gives scores in bfloat16
         # Softmax is blind to what is subtracted from all scores; with the best at 0, a temperature
         # however small cannot make them overflow.
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
@@ -57,7 +63,12 @@ def make_choice(temperature=1.0, top_k=None, top_p=1.0):
 # ---------------------------------------------------------------------------------------------
 # Checkpoints
 
-MODELS = {"bigram": (BigramConfig, BigramLanguageModel), "char_gpt": (GPTConfig, GPT)}
+# For each script that trains: its settings, its model, and its tokenizer from the stored vocabulary.
+MODELS = {
+    "bigram": (bigram.BigramConfig, bigram.BigramLanguageModel, CharTokenizer),
+    "char_gpt": (char_gpt.GPTConfig, char_gpt.GPT, CharTokenizer),
+    "bpe_gpt": (bpe_gpt.GPTConfig, bpe_gpt.GPT, bpe_gpt.unpack_vocab),
+}
 
 
 def newest_checkpoint():
@@ -68,16 +79,22 @@ def newest_checkpoint():
     return paths[-1]
 
 
-def load_model(path, device):
-    """The model of a checkpoint, its tokenizer, and its history (see train()). Raises ValueError
-    for a file that is missing, damaged, or not a checkpoint."""
+def load_model(name_or_path):
+    """The model of a checkpoint, its tokenizer, and its history (see train()); or a published model
+    and its tokenizer, with an empty history. Raises ValueError for a file that is missing, damaged,
+    or of no such kind, and OSError where a published model cannot be had."""
+    path = Path(name_or_path)
+    is_published = name_or_path in bpe_gpt.SIZES or path.is_dir()
+    if is_published or path.suffix in (".safetensors", ".bin"):
+        model, tokenizer = bpe_gpt.load_pretrained(name_or_path)
+        return model, bpe_gpt.fit_tokenizer(tokenizer, model), []
     checkpoint = load_checkpoint(path, *MODELS)
-    Config, Model = MODELS[checkpoint["script"]]
+    Config, Model, make_tokenizer = MODELS[checkpoint["script"]]
     try:
-        tokenizer = CharTokenizer(checkpoint["vocab"])
+        tokenizer = make_tokenizer(checkpoint["vocab"])
         model = Model(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-        return model.to(device), tokenizer, checkpoint["history"]
+        return model, tokenizer, checkpoint["history"]
     except (KeyError, TypeError, AttributeError, RuntimeError):
         raise ValueError(f"{path} is damaged: train the model again") from None
 
@@ -92,13 +109,15 @@ def parse_flags():
     )
     parser.error = fail
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="the model to sample from [the newest in out/]")
-    add("--prompt", help="the words to go on from [a line break]")
+    add("model", nargs="?", help="checkpoint, folder, or name [the newest checkpoint in out/]")
+    add("--prompt", help="the words to go on from [a line break, or the start of a text]")
     add("--max_new_tokens", type=int, default=500, help="how many tokens to add [500]")
     add("--num_samples", type=int, default=1, help="how many texts to make, side by side [1]")
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token [1.0]")
     add("--top_k", type=int, help="draw from this many of the likeliest tokens only [all]")
     add("--top_p", type=float, default=1.0, help="draw from the likeliest, up to this sum [1.0]")
+    add("--ignore_end", action="store_true", help="go on where the model ends its text")
+    add("--dtype", default="auto", help="float32 or bfloat16 [the faster one, for a large model]")
     add("--seed", type=int, default=1337, help="the same seed gives the same text [1337]")
     args = parser.parse_args()
     for name, good, rule in (
@@ -117,29 +136,56 @@ def parse_flags():
 
 def main():
     args = parse_flags()
-    path = args.checkpoint or newest_checkpoint()
+    name = args.model or newest_checkpoint()
     device = pick_device("auto")
-    model, tokenizer, history = load_model(path, device)
+    dtype = pick_dtype(args.dtype, device)
+    model, tokenizer, history = load_model(str(name))
+    n_params = sum(p.numel() for p in model.parameters())
+    if args.dtype == "auto" and n_params < 50_000_000:
+        dtype = torch.float32  # a small model gains no speed from less precision
+    model.to(device, dtype)
+    best = min((f"{val_loss:.4f}" for _, _, val_loss in history), default="not known")
+    kind = f"{n_params:,} parameters, {str(dtype).removeprefix('torch.')} on {device}"
+    print(f"{name}: best validation loss {best}, {kind}", file=sys.stderr)
+
     prompt = args.prompt
-    if prompt is None:
-        prompt = "\n" if "\n" in tokenizer.chars else tokenizer.chars[0]
-    try:
-        idx = torch.tensor([tokenizer.encode(prompt)] * args.num_samples, device=device)
-    except ValueError as error:
-        raise ValueError(f"--prompt: {error}") from None
-    best = min((f"{val_loss:.4f}" for _, _, val_loss in history), default="not known yet")
-    print(f"{path}: best validation loss {best}", file=sys.stderr)
+    if isinstance(model, bpe_gpt.GPT):
+        generate, to_bytes = bpe_gpt.generate, tokenizer.decode_single_token_bytes
+        end = None if args.ignore_end else tokenizer.eot_token
+        # What stands at the start of a text is the end of the text before it.
+        ids = [tokenizer.eot_token] if prompt is None else bpe_gpt.encode(tokenizer, prompt).tolist()
+        prompt = prompt or ""
+    else:
+        generate, end = char_gpt.generate, None
+        to_bytes = lambda token: tokenizer.decode([token]).encode()
+        if prompt is None:
+            prompt = "\n" if "\n" in tokenizer.chars else tokenizer.chars[0]
+        try:
+            ids = tokenizer.encode(prompt)
+        except ValueError as error:
+            raise ValueError(f"--prompt: {error}") from None
 
     torch.manual_seed(args.seed)
     choose = make_choice(args.temperature, args.top_k, args.top_p)
-    columns = []
+    idx = torch.tensor([ids] * args.num_samples, device=device)
+    texts = [[] for _ in range(args.num_samples)]  # the new tokens of each sample
+    going_on = set(range(args.num_samples))  # the samples that have not come to their end
+    # Bytes to characters; a character is held back until all its bytes are there.
+    characters = codecs.getincrementaldecoder("utf-8")("replace")
     print(prompt, end="", flush=True)
     for column in generate(model, idx, args.max_new_tokens, choose):  # (num_samples, 1)
-        columns.append(column)
-        print(tokenizer.decode(column[0].tolist()), end="", flush=True)  # the first, as it grows
-    print()
-    for row in torch.cat(columns, dim=1)[1:].tolist():  # then the others
-        print(f"{'-' * 40}\n{prompt}{tokenizer.decode(row)}")
+        for i, token in enumerate(column.flatten().tolist()):
+            if token == end:
+                going_on.discard(i)
+            elif i in going_on:
+                texts[i].append(token)
+                if i == 0:  # the first is shown as it grows
+                    print(characters.decode(to_bytes(token)), end="", flush=True)
+        if not going_on:
+            break
+    print(characters.decode(b"", final=True))
+    for text in texts[1:]:  # then the others
+        print(f"{'-' * 40}\n{prompt}{tokenizer.decode(text)}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import bpe_gpt  # noqa: E402
+
 SIGPIPE = getattr(signal, "SIGPIPE", signal.SIGINT)  # Windows has none
 SHAKESPEARE = ROOT / "data" / "tinyshakespeare.txt"
 PLAY = ROOT / "data" / "the-glass-harbour.txt"
@@ -22,6 +24,20 @@ PLAY = ROOT / "data" / "the-glass-harbour.txt"
 needs_shakespeare = pytest.mark.skipif(
     not SHAKESPEARE.exists(),
     reason="data/tinyshakespeare.txt is not there: run bigram.py once, with a network",
+)
+
+
+
+def has_gpt2_tokenizer():
+    try:
+        return bpe_gpt.gpt2_tokenizer(offline=True)
+    except OSError:
+        return None
+
+
+needs_gpt2_tokenizer = pytest.mark.skipif(
+    not has_gpt2_tokenizer(),
+    reason="GPT-2's vocabulary is not in data/ or TIKTOKEN_CACHE_DIR: see README.md",
 )
 
 

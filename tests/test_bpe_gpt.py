@@ -1,0 +1,497 @@
+"""bpe_gpt.py: GPT-2 against transformers and numpy, its cache, its tokens, and its training."""
+
+import copy
+import math
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pytest
+import regex  # comes with tiktoken
+import torch
+from conftest import PLAY, ROOT, SHAKESPEARE, needs_gpt2_tokenizer, needs_shakespeare, run
+from numpy_gpt2 import gpt2
+
+import bpe_gpt
+import char_gpt
+from bpe_gpt import (
+    GPT,
+    SIZES,
+    Cache,
+    GPTConfig,
+    attention,
+    evaluate,
+    generate,
+    get_batch,
+    learning_rate_share,
+    make_optimizers,
+    make_tokenizer,
+    token_bytes,
+    train_bpe,
+)
+
+FIXTURES = ROOT / "tests" / "fixtures"
+NAMES = ["tied", "untied", "bfloat16", "old"]  # see fixtures/make.py
+SMALL = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=300, block_size=48, dropout=0.0)
+
+
+def build(**settings):
+    """A small model whose scores are far apart, so that rounding does not decide what comes next."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, **settings})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)
+        model.transformer.wpe.weight *= 5  # so that what it says changes from place to place
+    return model
+
+
+def greedy(logits):
+    return logits.argmax(dim=-1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_the_four_sizes_have_as_many_parameters_as_published(name, count):
+    with torch.device("meta"):  # shapes only
+        model = GPT(GPTConfig(**SIZES[name]))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_gpt2_at_full_size_knows_nothing_before_training_and_something_after_a_step():
+    torch.manual_seed(0)
+    config = GPTConfig(dropout=0.0, muon_learning_rate=0)
+    model = GPT(config)
+    assert model.transformer.wte.weight.shape == (50257, 768) and model.block_size == 1024
+    assert model.lm_head.weight is model.transformer.wte.weight
+    idx = torch.randint(50257, (1, 65))
+    logits, loss = model(idx[:, :-1], idx[:, 1:])
+    assert logits.shape == (1, 64, 50257)
+    assert loss.item() == pytest.approx(math.log(50257), abs=0.3)  # 10.82, and random scores
+    loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    make_optimizers(model, config)[0].step()
+    with torch.no_grad():
+        assert model(idx[:, :-1], idx[:, 1:])[1] < loss - 0.5
+
+
+def test_no_token_sees_its_future():
+    model, idx = build(), torch.randint(300, (1, 48))
+    changed = idx.clone()
+    changed[0, 30:] = (changed[0, 30:] + 1) % 300
+    with torch.no_grad():
+        before, after = model(idx)[0], model(changed)[0]
+    assert torch.equal(before[:, :30], after[:, :30])
+    assert not torch.isclose(before[:, 30:], after[:, 30:]).all(dim=-1).any()
+
+
+def test_more_tokens_than_positions_are_refused():
+    with pytest.raises(ValueError, match="block_size"):
+        build()(torch.zeros(1, 49, dtype=torch.long))
+
+
+def test_a_target_of_minus_100_does_not_count():
+    model, idx = build(), torch.randint(300, (1, 20))
+    targets = idx.clone()
+    targets[0, :15] = -100
+    logits, loss = model(idx, targets)
+    expected = -logits[0, 15:].log_softmax(-1)[range(5), idx[0, 15:]].mean()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Against others
+
+
+@pytest.fixture(params=NAMES)
+def fixture(request):
+    """A model made by transformers, and what it must say."""
+    expected = np.load(FIXTURES / request.param / "expected.npz")
+    return request.param, {name: torch.from_numpy(expected[name]) for name in expected}
+
+
+def test_logits_are_those_of_transformers(fixture):
+    name, expected = fixture
+    model = GPT.from_pretrained(FIXTURES / name).eval()
+    with torch.no_grad():
+        logits, _ = model(expected["idx"])
+    assert logits.dtype == torch.float32
+    assert (logits - expected["logits"]).abs().max() < 1e-5
+
+
+def test_greedy_text_is_that_of_transformers(fixture):
+    name, expected = fixture
+    model = GPT.from_pretrained(FIXTURES / name)
+    new = torch.cat(list(generate(model, expected["idx"], 40, greedy)), dim=1)
+    assert torch.equal(new, expected["greedy"])
+
+
+def test_logits_are_those_of_the_formulas_in_numpy(fixture):
+    name, expected = fixture
+    folder = FIXTURES / name
+    if name == "old":
+        weights = bpe_gpt.read_bin(folder / "pytorch_model.bin")
+    else:
+        weights = bpe_gpt.read_safetensors(folder / "model.safetensors")
+    weights = {n.removeprefix("transformer."): t.double().numpy() for n, t in weights.items()}
+    config = bpe_gpt.read_config(folder / "config.json")
+    for ids, logits in zip(expected["idx"], expected["logits"]):
+        ours = gpt2(ids.numpy(), weights, config["n_layer"], config["n_head"])
+        assert np.abs(ours - logits.numpy()).max() < 1e-5
+
+
+def test_attention_by_its_formula_is_pytorchs():
+    q, k, v = torch.randn(3, 2, 4, 9, 16)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.allclose(attention(q, k, v), expected, atol=1e-6)
+    # The last queries alone get what they get among all.
+    assert torch.allclose(attention(q[:, :, -3:], k, v), expected[:, :, -3:], atol=1e-6)
+
+
+def published_weights():
+    try:
+        return bpe_gpt.find_weights("gpt2", offline=True)
+    except OSError:
+        return None
+
+
+@needs_gpt2_tokenizer
+@pytest.mark.skipif(not published_weights(), reason="GPT-2's weights are not here: see README.md")
+@pytest.mark.parametrize(
+    "prompt, n_tokens, continuation",
+    [
+        (
+            "Alan Turing theorized that computers would one day become",
+            40,
+            " the most powerful machines on the planet.\n\nThe computer is a machine that can perform"
+            " complex calculations, and it can perform these calculations in a way that is very"
+            " similar to the human brain.",  # as published by picoGPT
+        ),
+        (
+            "I enjoy walking with my cute dog",
+            43,
+            ", but I'm not sure if I'll ever be able to walk with my dog. I'm not sure if I'll ever"
+            " be able to walk with my dog.",  # as published in Hugging Face's introduction
+        ),
+    ],
+)
+def test_gpt2_says_what_others_have_published(prompt, n_tokens, continuation):
+    model, tokenizer = GPT.from_pretrained("gpt2"), bpe_gpt.gpt2_tokenizer(offline=True)
+    idx = torch.tensor([tokenizer.encode(prompt)])
+    ids = [column.item() for column in generate(model, idx, n_tokens, greedy)]
+    assert tokenizer.decode(ids).startswith(continuation)
+
+
+# ---------------------------------------------------------------------------------------------
+# The cache
+
+
+@pytest.mark.parametrize("first", [1, 7, 39])
+def test_the_cache_changes_no_score(first):
+    """A prompt of `first` tokens read at once, then the others one or several at a time."""
+    model, idx = build(), torch.randint(300, (3, 40))
+    with torch.no_grad():
+        expected, _ = model(idx)
+        cache = Cache(model, batch_size=3, length=40)
+        parts = [model(idx[:, :first], cache=cache)[0]]
+        while cache.length < 40:
+            T = min(1 + cache.length % 3, 40 - cache.length)
+            parts.append(model(idx[:, cache.length : cache.length + T], cache=cache)[0])
+    assert (torch.cat(parts, dim=1) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings, B, prompt",
+    [
+        (dict(block_size=256), 1, 5),
+        (dict(block_size=256, n_layer=3, n_head=2), 4, 30),
+        (dict(block_size=64), 2, 10),  # soon longer than its context
+        (dict(block_size=16, n_head=1), 3, 40),  # from the start
+    ],
+)
+def test_the_cache_changes_no_token_of_200(settings, B, prompt):
+    """char_gpt.py's generate(), without a cache, reads all the text again for each token."""
+    model = build(**settings)
+    idx = torch.randint(300, (B, prompt))
+    fast = torch.cat(list(generate(model, idx, 200, greedy)), dim=1)
+    plain = torch.cat(list(char_gpt.generate(model, idx, 200, greedy)), dim=1)
+    assert fast.shape == (B, 200) and torch.equal(fast, plain)
+    if model.block_size > 16:
+        assert len(fast.unique()) > 5, "a text that says one thing only proves little"
+
+
+def test_with_the_cache_each_token_is_read_once():
+    model, seen = build(), []
+    model.transformer.h[0].register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    list(generate(model, torch.zeros(2, 9, dtype=torch.long), 6))
+    assert seen == [9, 1, 1, 1, 1, 1]
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokens
+
+STRINGS = [
+    "",
+    "Hello, world! I'll say it's 2026; we've 1,000 reasons.",
+    "  two spaces,\n\n\n three line breaks \t and a tab ",
+    "naïve café, Straße, Ελληνικά, русский, 日本語, العربية, हिन्दी, 🙂👍🏽",
+    "aaaaaaaaaaaaaaaaaaaaaaaa!!!!!!!!!!!!!!!!",
+    "\x00\x01\x7f\ufeff\u200b",
+    "x²½Ⅷ٣",
+]
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return train_bpe(PLAY.read_text(encoding="utf-8"), 600)
+
+
+def slow_encode(text, tokens):
+    """Byte-pair encoding as one would explain it: in each word, merge the pair learned first."""
+    number = {token: i for i, token in enumerate(tokens)}
+    ids = []
+    for word in regex.findall(bpe_gpt.WORDS, text):
+        parts = [bytes([b]) for b in word.encode("utf-8")]
+        while len(parts) > 1:
+            learned_when = [number.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
+            i = learned_when.index(min(learned_when))
+            if learned_when[i] == math.inf:
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        ids += [number[part] for part in parts]
+    return ids
+
+
+def slow_train(text, vocab_size):
+    """Byte-pair training as one would explain it: count all pairs anew for each merge."""
+    words = Counter(tuple(bytes([b]) for b in w.encode()) for w in regex.findall(bpe_gpt.WORDS, text))
+    tokens = [bytes([b]) for b in bpe_gpt.BYTES]
+    while len(tokens) < vocab_size - 1:
+        pairs = Counter()
+        for word, count in words.items():
+            # "aaa" has two pairs of "aa", which is how often they stand side by side
+            for pair in zip(word, word[1:]):
+                pairs[pair] += count
+        most = max(pairs.values())
+        best = min((p for p in pairs if pairs[p] == most), key=lambda p: [*map(tokens.index, p)])
+        tokens.append(best[0] + best[1])
+        merged = Counter()
+        for word, count in words.items():
+            parts, i = [], 0
+            while i < len(word):
+                size = 2 if word[i : i + 2] == best else 1
+                parts.append(b"".join(word[i : i + size]))
+                i += size
+            merged[tuple(parts)] += count
+        words = merged
+    return [*tokens, b"<|endoftext|>"]
+
+
+@pytest.mark.parametrize("text", STRINGS)
+def test_any_string_comes_back_from_its_tokens(learned, text):
+    ids = bpe_gpt.encode(learned, text).tolist()
+    assert learned.decode(ids) == text
+    assert ids == slow_encode(text, token_bytes(learned))
+
+
+def test_random_strings_are_encoded_as_by_the_slow_encoder(learned):
+    rng = random.Random(0)
+    tokens = token_bytes(learned)
+    for _ in range(300):
+        letters = rng.choice(["abc e", "the and', \n", "aA1 .\u00e9\u3042\t", "\n  x"])
+        text = "".join(rng.choice(letters) for _ in range(rng.randrange(40)))
+        ids = learned.encode(text)
+        assert ids == slow_encode(text, tokens) and learned.decode(ids) == text
+
+
+def test_vocabularies_are_learned_as_by_the_slow_trainer():
+    text = PLAY.read_text(encoding="utf-8")[:20_000] + " aaa aaaa aaaaa" * 40 + " h\u00e9 \u00e9" * 30
+    assert token_bytes(train_bpe(text, 330)) == slow_train(text, 330)
+
+
+def test_a_learned_vocabulary_has_the_bytes_then_what_occurs_most_then_the_end(learned):
+    tokens = token_bytes(learned)
+    assert len(tokens) == len(set(tokens)) == learned.n_vocab == 600
+    assert sorted(tokens[:256]) == [bytes([b]) for b in range(256)]
+    assert tokens[-1] == b"<|endoftext|>" and learned.eot_token == 599
+    assert {b" the", b" and"} <= set(tokens)
+    assert not any(b" " in token[1:] and token.strip() for token in tokens), "words stay apart"
+
+
+def test_learned_tokens_are_fewer_where_nothing_meets_twice():
+    assert train_bpe("ab cd", 400).n_vocab == 257
+    assert train_bpe("abab", 400).n_vocab == 258
+
+
+@needs_shakespeare
+def test_1024_tokens_of_shakespeare_are_learned_in_seconds():
+    text = SHAKESPEARE.read_text(encoding="utf-8")
+    started = time.perf_counter()
+    tokenizer = train_bpe(text, 1024)
+    assert time.perf_counter() - started < 30  # 3 s on an idle machine
+    assert tokenizer.n_vocab == 1024
+    assert len(text) / len(tokenizer.encode(text)) > 2.4  # characters in a token
+
+
+def test_end_of_text_is_one_token(learned):
+    assert bpe_gpt.encode(learned, "a<|endoftext|>b").tolist()[1] == learned.eot_token
+
+
+@needs_gpt2_tokenizer
+def test_gpt2s_tokenizer_cuts_shakespeare_into_as_many_tokens_as_known():
+    tokenizer = bpe_gpt.gpt2_tokenizer(offline=True)
+    assert tokenizer.n_vocab == 50257 and tokenizer.eot_token == 50256
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    if SHAKESPEARE.exists():
+        assert len(bpe_gpt.encode(tokenizer, SHAKESPEARE.read_text(encoding="utf-8"))) == 338_025
+
+
+def test_a_vocabulary_lives_on_in_vocab_json_and_merges_txt(learned, tmp_path):
+    bpe_gpt.write_vocabulary(learned, tmp_path)
+    again = bpe_gpt.read_vocabulary(tmp_path)
+    assert token_bytes(again) == token_bytes(learned)
+    assert (tmp_path / "merges.txt").read_text(encoding="utf-8").startswith("#version: 0.2\n")
+
+
+@needs_gpt2_tokenizer
+def test_gpt2s_own_vocabulary_is_written_as_published(tmp_path):
+    tokenizer = bpe_gpt.gpt2_tokenizer(offline=True)
+    bpe_gpt.write_vocabulary(tokenizer, tmp_path)
+    assert token_bytes(bpe_gpt.read_vocabulary(tmp_path)) == token_bytes(tokenizer)
+    cache = bpe_gpt.Path(bpe_gpt.os.environ["TIKTOKEN_CACHE_DIR"])
+    published = [(cache / name).read_bytes().decode() for name in bpe_gpt.TIKTOKEN_FILES]
+    merges = next(text for text in published if text.startswith("#version"))
+    assert (tmp_path / "merges.txt").read_text(encoding="utf-8").split() == merges.split()
+
+
+@pytest.mark.parametrize("fault", ["no byte", "no end", "twice"])
+def test_a_vocabulary_with_a_fault_is_refused(learned, fault):
+    tokens = token_bytes(learned)
+    tokens = {"no byte": tokens[1:], "no end": tokens[:-1], "twice": [b"a", *tokens]}[fault]
+    with pytest.raises(ValueError, match="vocabulary"):
+        make_tokenizer(tokens)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches and evaluation
+
+
+BATCHES = GPTConfig(**{**SMALL, "block_size": 8}, total_batch_size=24, seed=3)
+
+
+@pytest.mark.parametrize("stride", [0, 5])
+def test_targets_are_the_inputs_one_token_later(stride):
+    config = copy.copy(BATCHES)
+    config.stride = stride
+    x, y = get_batch(np.arange(1000, dtype=np.uint16), config, step=4)
+    assert x.shape == y.shape == (3, 8) and x.dtype == torch.int64
+    assert torch.equal(y, x + 1)
+    again, _ = get_batch(np.arange(1000), config, step=4)
+    next_step, _ = get_batch(np.arange(1000), config, step=5)
+    assert torch.equal(x, again) and not torch.equal(x, next_step)
+
+
+def test_with_a_stride_each_window_comes_once_an_epoch_in_a_new_order():
+    config = GPTConfig(**{**SMALL, "block_size": 8}, total_batch_size=24, stride=4)
+    data = np.arange(8 + 4 * 20 + 1 + 3)  # 21 windows, and 3 tokens that reach no window
+    starts = torch.cat([get_batch(data, config, step)[0][:, 0] for step in range(14)]).tolist()
+    first, second = starts[:21], starts[21:]
+    assert sorted(first) == sorted(second) == list(range(0, 84, 4))
+    assert first != second != sorted(second)
+
+
+def test_random_places_reach_every_token():
+    seen = set()
+    for step in range(100):
+        for part in get_batch(np.arange(40), BATCHES, step):
+            seen |= set(part.flatten().tolist())
+    assert seen == set(range(40))
+
+
+@pytest.mark.parametrize("length", [2, 10, 17, 50, 51])
+@pytest.mark.parametrize("stride", [0, 1, 5, 16])
+def test_evaluation_counts_every_token_once(length, stride):
+    """Token i is guessed in the first window that has it, with all of that window before it."""
+    model = build(block_size=16)
+    model.config.batch_size = 3
+    data = np.random.default_rng(0).integers(300, size=length)
+    last = max(length - 1 - 16, 0)
+    starts = [*range(0, last, stride or 16), last]
+    losses = []
+    for i in range(1, length):
+        start = next(s for s in starts if i <= s + 16)
+        with torch.no_grad():
+            logits, _ = model(torch.from_numpy(data[None, start:i]))
+        losses.append(-logits[0, -1].log_softmax(-1)[data[i]].item())
+    expected = pytest.approx(np.mean(losses), abs=1e-4)
+    assert evaluate(model, data, model.config, stride) == expected
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def test_adamw_decays_matrices_only_and_muon_has_those_of_the_blocks():
+    model = build()
+    muon, adamw = make_optimizers(model, GPTConfig(**SMALL))
+    names = {id(p): name for name, p in model.named_parameters()}
+    trained = [names[id(p)] for o in (muon, adamw) for g in o.param_groups for p in g["params"]]
+    assert sorted(trained) == sorted(names.values())
+    assert {names[id(p)].split(".", 3)[3] for p in muon.param_groups[0]["params"]} == {
+        "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight",
+    }  # fmt: skip
+    (adamw,) = make_optimizers(model, GPTConfig(**SMALL, muon_learning_rate=0))
+    for group in adamw.param_groups:
+        decays = {p.dim() == 2 for p in group["params"]}
+        assert decays == {group["weight_decay"] > 0}
+    assert sum(len(g["params"]) for g in adamw.param_groups) == len(names)
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine_wave():
+    config = GPTConfig(max_iters=110, warmup_iters=10)
+    shares = [learning_rate_share(step, config) for step in range(110)]
+    assert shares[0] == pytest.approx(1 / 11) and shares[9] == pytest.approx(10 / 11)
+    assert shares[10] == 1 and shares[60] == pytest.approx(0.5) and 0 < shares[109] < 0.001
+    assert shares[10:] == sorted(shares[10:], reverse=True)
+
+
+@pytest.mark.parametrize("batch_size", [5, 3])  # with 3, the last part is a smaller one
+def test_a_step_in_parts_is_the_step_of_the_whole(tmp_path, monkeypatch, batch_size):
+    """The gradient of 10 sequences, added up over parts, is that of all 10 at once."""
+    gradients = []
+
+    def record(parameters, length):
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+
+    monkeypatch.setattr(bpe_gpt, "print_evaluation", lambda *args: None)
+    monkeypatch.setattr(bpe_gpt.nn.utils, "clip_grad_norm_", record)
+    data = np.random.default_rng(0).integers(300, size=400)
+    for size in (10, batch_size):
+        config = GPTConfig(
+            **{**SMALL, "block_size": 8}, total_batch_size=80, batch_size=size, max_iters=1,
+            out=str(tmp_path / "x.pt"),
+        )  # fmt: skip
+        torch.manual_seed(0)
+        bpe_gpt.train(
+            GPT(config), None, data, data, config, torch.autocast("cpu", enabled=False),
+            dict(history=[], last=None),
+        )  # fmt: skip
+    assert gradients[0].norm() > 0.1
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
