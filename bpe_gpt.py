@@ -168,11 +168,11 @@ def train_bpe(text, vocab_size):
     pattern = WORDS.replace(r"\p{L}", letters["L"]).replace(r"\p{N}", letters["N"])
     counts = Counter(word.encode("utf-8") for word in re.findall(pattern, text))
 
-    # One array has all different words end to end, with -1 between them; another how often the word
-    # occurs to which a token belongs. To merge two tokens is to renumber one and drop the other.
+    # One array has all different words end to end, each after a -1; another how often the word occurs
+    # to which a token belongs. To merge two tokens is to renumber one and drop the other.
     number = np.argsort(BYTES)  # of each byte
-    ids = np.concatenate([np.append(number[list(word)], -1) for word in counts])
-    often = np.repeat(list(counts.values()), [len(word) + 1 for word in counts])
+    ids = np.concatenate([[-1], *(np.append(number[list(word)], -1) for word in counts)])
+    often = np.repeat([0, *counts.values()], [1, *(len(word) + 1 for word in counts)])
     tokens = [bytes([b]) for b in BYTES]
     while len(tokens) < vocab_size - 1:
         places = np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0))  # where two tokens meet
@@ -1028,12 +1028,13 @@ def load_data(config, tokenizer):
     path = Path(config.data) if config.data else find_shakespeare(config)
     if path.is_dir():  # files of 16-bit numbers, which are mapped: they may be larger than memory
         tokenizer = tokenizer or gpt2_tokenizer(config.offline)
-        paths = [path / "val.bin"] if config.eval_only else [path / "train.bin", path / "val.bin"]
-        try:
-            parts = [np.memmap(path, dtype=np.uint16, mode="r") for path in paths]
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"cannot read the tokens in {path} ({reason})") from None
+        parts = []
+        for name in ["val.bin"] if config.eval_only else ["train.bin", "val.bin"]:
+            try:
+                parts.append(np.memmap(path / name, dtype="<u2", mode="r"))
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise ValueError(f"cannot read tokens from {path / name} ({reason})") from None
     else:
         text = read_text(path)
         texts = [text] if config.eval_only else split_text(text)

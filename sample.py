@@ -136,42 +136,43 @@ def parse_flags():
 
 def main():
     args = parse_flags()
-    name = args.model or newest_checkpoint()
+    name = str(args.model or newest_checkpoint())
     device = pick_device("auto")
     dtype = pick_dtype(args.dtype, device)
-    model, tokenizer, history = load_model(str(name))
+    model, tokenizer, history = load_model(name)
     n_params = sum(p.numel() for p in model.parameters())
     if args.dtype == "auto" and n_params < 50_000_000:
         dtype = torch.float32  # a small model gains no speed from less precision
     model.to(device, dtype)
-    best = min((f"{val_loss:.4f}" for _, _, val_loss in history), default="not known")
-    kind = f"{n_params:,} parameters, {str(dtype).removeprefix('torch.')} on {device}"
-    print(f"{name}: best validation loss {best}, {kind}", file=sys.stderr)
 
     prompt = args.prompt
     if isinstance(model, bpe_gpt.GPT):
         generate, to_bytes = bpe_gpt.generate, tokenizer.decode_single_token_bytes
         end = None if args.ignore_end else tokenizer.eot_token
         # What stands at the start of a text is the end of the text before it.
-        ids = [tokenizer.eot_token] if prompt is None else bpe_gpt.encode(tokenizer, prompt).tolist()
+        ids = bpe_gpt.encode(tokenizer, prompt or bpe_gpt.END_OF_TEXT).tolist()
         prompt = prompt or ""
     else:
         generate, end = char_gpt.generate, None
-        to_bytes = lambda token: tokenizer.decode([token]).encode()
+        to_bytes = lambda token: tokenizer.decode([token]).encode("utf-8")
         if prompt is None:
             prompt = "\n" if "\n" in tokenizer.chars else tokenizer.chars[0]
         try:
             ids = tokenizer.encode(prompt)
         except ValueError as error:
             raise ValueError(f"--prompt: {error}") from None
+    losses = [val_loss for _, _, val_loss in history]
+    best = f"best validation loss {min(losses):.4f}, " if losses else ""
+    kind = f"{n_params:,} parameters in {str(dtype).removeprefix('torch.')} on {device}"
+    print(f"{name}: {best}{kind}", file=sys.stderr)
 
     torch.manual_seed(args.seed)
     choose = make_choice(args.temperature, args.top_k, args.top_p)
     idx = torch.tensor([ids] * args.num_samples, device=device)
     texts = [[] for _ in range(args.num_samples)]  # the new tokens of each sample
     going_on = set(range(args.num_samples))  # the samples that have not come to their end
-    # Bytes to characters; a character is held back until all its bytes are there.
-    characters = codecs.getincrementaldecoder("utf-8")("replace")
+    # Bytes to text. What is only a part of a character is held back until the rest is there.
+    text = codecs.getincrementaldecoder("utf-8")("replace")
     print(prompt, end="", flush=True)
     for column in generate(model, idx, args.max_new_tokens, choose):  # (num_samples, 1)
         for i, token in enumerate(column.flatten().tolist()):
@@ -180,12 +181,12 @@ def main():
             elif i in going_on:
                 texts[i].append(token)
                 if i == 0:  # the first is shown as it grows
-                    print(characters.decode(to_bytes(token)), end="", flush=True)
+                    print(text.decode(to_bytes(token)), end="", flush=True)
         if not going_on:
             break
-    print(characters.decode(b"", final=True))
-    for text in texts[1:]:  # then the others
-        print(f"{'-' * 40}\n{prompt}{tokenizer.decode(text)}")
+    print(text.decode(b"", final=True))
+    for tokens in texts[1:]:  # then the others
+        print(f"{'-' * 40}\n{prompt}{tokenizer.decode(tokens)}")
 
 
 if __name__ == "__main__":

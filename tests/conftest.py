@@ -76,14 +76,15 @@ def clone(tmp_path_factory):
     """A folder with what a fresh clone has, so without Tiny Shakespeare, in which the real command
     line of each training script has made a checkpoint: a small one, offline, of the shipped text"""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("bigram.py", "char_gpt.py", "sample.py"):
+    for name in ("bigram.py", "char_gpt.py", "bpe_gpt.py", "sample.py"):
         shutil.copy(ROOT / name, folder)
     (folder / "data").mkdir()
     shutil.copy(PLAY, folder / "data")
     (folder / "logs").mkdir()
     small = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --max_iters 60 --eval_interval 30 "
     small += "--warmup_iters 5 --learning_rate 0.01"
-    for script, flags in (("bigram", "--max_iters 100"), ("char_gpt", small)):
+    bpe = small + " --init scratch --learned_vocab_size 300 --total_batch_size 512 --batch_size 8"
+    for script, flags in (("bigram", "--max_iters 100"), ("char_gpt", small), ("bpe_gpt", bpe)):
         output, error = run(f"{script}.py", "--offline", *flags.split(), cwd=folder)
         assert error == ""
         (folder / "logs" / f"{script}.txt").write_text(output, encoding="utf-8")

@@ -16,7 +16,7 @@ def test_there_are_commands_to_check():
     assert len(COMMANDS) >= 8
 
 
-@pytest.mark.parametrize("script", ["bigram.py", "char_gpt.py", "sample.py"])
+@pytest.mark.parametrize("script", ["bigram.py", "char_gpt.py", "bpe_gpt.py", "sample.py"])
 def test_every_command_has_flags_that_its_script_knows(script):
     known = run(ROOT / script, "--help", cwd=ROOT)[0]
     mine = [shlex.split(line, comments=True) for line in COMMANDS if f" {script}" in line]

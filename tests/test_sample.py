@@ -78,11 +78,69 @@ def test_a_trained_model_speaks(clone, script):
 
 
 def test_the_newest_checkpoint_speaks_by_default(clone):
-    for script, when in (("bigram", 2_000_000_000), ("char_gpt", 1_000_000_000)):
-        os.utime(clone / "out" / f"{script}.pt", (when, when))
+    for path in (clone / "out").glob("*.pt"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    os.utime(clone / "out" / "bigram.pt")
     text, notes = run("sample.py", "--max_new_tokens", "50", cwd=clone)
     named, _ = run("sample.py", "out/bigram.pt", "--max_new_tokens", "50", cwd=clone)
     assert "bigram.pt" in notes and text == named
+
+
+def test_a_model_of_tokens_speaks(clone):
+    flags = ("--prompt", "ISAURA:\n", "--max_new_tokens", "100", "--ignore_end")
+    text, notes = run("sample.py", "out/bpe_gpt.pt", *flags, cwd=clone)
+    assert text.startswith("ISAURA:\n") and len(text) > len("ISAURA:\n") + 100
+    assert "out/bpe_gpt.pt" in notes and "validation loss" in notes
+    assert sum(c in " etaoin" for c in text) > 60
+
+
+@pytest.fixture
+def folder(clone, tmp_path):
+    """The trained model as Hugging Face has it."""
+    run("bpe_gpt.py", "--export", tmp_path / "model", cwd=clone)
+    return tmp_path / "model"
+
+
+def test_an_exported_model_says_what_the_checkpoint_says(clone, folder):
+    flags = ("--max_new_tokens", "60", "--temperature", "0", "--prompt", "The ", "--ignore_end")
+    text, notes = run("sample.py", "out/bpe_gpt.pt", *flags, cwd=clone)
+    assert run("sample.py", folder, *flags, cwd=clone)[0] == text
+    assert run("sample.py", folder / "model.safetensors", *flags, cwd=clone)[0] == text
+
+
+def test_less_precision_says_much_the_same(clone, folder):
+    flags = ("--max_new_tokens", "5", "--temperature", "0", "--prompt", "The ", "--ignore_end")
+    text, notes = run("sample.py", folder, *flags, "--dtype", "bfloat16", cwd=clone)
+    assert "bfloat16" in notes and text.startswith("The ")
+
+
+def say(monkeypatch, capsys, clone, rows, *flags):
+    """What sample.py prints where the model of tokens chooses those in rows (B, T)."""
+    path = str(clone / "out" / "bpe_gpt.pt")
+    columns = torch.tensor(rows).t()[:, :, None]  # (T, B, 1)
+    monkeypatch.setattr(sample.bpe_gpt, "generate", lambda *args: iter(columns))
+    monkeypatch.setattr("sys.argv", ["sample.py", path, "--prompt", "x", *flags])
+    sample.main()
+    return capsys.readouterr().out
+
+
+def test_a_sample_ends_where_the_model_ends_its_text(monkeypatch, capsys, clone):
+    _, tokenizer, _ = load_model(str(clone / "out" / "bpe_gpt.pt"))
+    a, b, end = *tokenizer.encode("ab"), tokenizer.eot_token
+    line = "-" * 40
+    rows = [[a, end, b, b], [b, a, end, a]]
+    text = say(monkeypatch, capsys, clone, rows, "--num_samples", "2")
+    assert text == f"xa\n{line}\nxba\n"
+    text = say(monkeypatch, capsys, clone, rows[:1], "--ignore_end")
+    assert text == "xa<|endoftext|>bb\n"
+
+
+def test_a_character_is_shown_when_all_its_bytes_are_there(monkeypatch, capsys, clone):
+    _, tokenizer, _ = load_model(str(clone / "out" / "bpe_gpt.pt"))
+    ids = tokenizer.encode("a\u3042b")
+    assert len(ids) == 5
+    assert say(monkeypatch, capsys, clone, [ids]) == "xa\u3042b\n"
+    assert say(monkeypatch, capsys, clone, [ids[:3]]) == "xa\ufffd\n"
 
 
 def test_the_same_seed_gives_the_same_text(clone):
@@ -100,7 +158,7 @@ def test_samples_are_made_side_by_side(clone):
 
 
 def test_temperature_0_is_the_argmax_of_the_model(clone):
-    model, tokenizer, _ = load_model(clone / "out" / "char_gpt.pt", torch.device("cpu"))
+    model, tokenizer, _ = load_model(str(clone / "out" / "char_gpt.pt"))
     model.eval()
     ids = tokenizer.encode("The ")
     for _ in range(60):
@@ -118,7 +176,10 @@ MISTAKES = {
     "a file that is no checkpoint": (["char_gpt.py"], "not a checkpoint"),
     "half a checkpoint": (["half.pt"], "half.pt"),
     "a checkpoint with weights missing": (["holes.pt"], "damaged"),
-    "a folder": (["out"], "cannot read out"),
+    "a folder": (["out"], "out has no model.safetensors"),
+    "a name that is no model's": (["gpt5"], "cannot read gpt5"),
+    "no such number format": (["--dtype", "float8"], "--dtype"),
+    "a checkpoint with half a vocabulary": (["mute.pt"], "vocabulary"),
     "a negative temperature": (["--temperature", "-1"], "--temperature"),
     "no temperature at all": (["--temperature", "nan"], "--temperature"),
     "top_k of 0": (["--top_k", "0"], "--top_k"),
@@ -135,6 +196,10 @@ MISTAKES = {
 def test_a_mistake_gets_one_line_that_names_it(clone, mistake):
     flags, clue = MISTAKES[mistake]
     checkpoint = clone / "out" / "char_gpt.pt"
+    os.utime(checkpoint)
+    if flags == ["mute.pt"]:
+        mute = torch.load(clone / "out" / "bpe_gpt.pt", weights_only=True)
+        torch.save({**mute, "vocab": mute["vocab"][100:]}, clone / "mute.pt")
     if flags == ["half.pt"]:
         data = checkpoint.read_bytes()
         (clone / "half.pt").write_bytes(data[: len(data) // 2])

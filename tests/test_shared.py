@@ -7,7 +7,10 @@ import io
 import math
 import pickle
 import re
+import socket
+import struct
 import threading
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -16,16 +19,31 @@ import torch
 from conftest import PLAY, ROOT, SHAKESPEARE, needs_shakespeare, one_line_error, run
 
 import bigram
+import bpe_gpt
 import char_gpt
 
-SCRIPTS = ["bigram.py", "char_gpt.py", "sample.py"]
-TRAINING_SCRIPTS = ["bigram.py", "char_gpt.py"]
+SCRIPTS = ["bigram.py", "char_gpt.py", "bpe_gpt.py", "sample.py"]
+TRAINING_SCRIPTS = ["bigram.py", "char_gpt.py", "bpe_gpt.py"]
 
 # Definitions that may differ between scripts although they have the same name, and why.
 MAY_DIFFER = {
     "train": "bigram.py takes plain steps; char_gpt.py warms up, clips, saves and resumes",
     "main": "each script builds and describes its own model",
     "parse_flags": "sample.py has a positional argument, and no configuration to take flags from",
+}
+MAY_DIFFER_IN_BPE_GPT = {
+    "GPTConfig": "GPT-2's sizes, and settings of its own",
+    "get_batch": "tokens lie on disk or in memory, not on the device; --stride",
+    "attention": "with a cache, fewer tokens ask than are asked",
+    "CausalSelfAttention": "keeps keys and values in the cache; always PyTorch's own where it can",
+    "MLP": "PyTorch's own GELU, which char_gpt.py has written out",
+    "Block": "hands the cache on; PyTorch's own LayerNorm, which char_gpt.py has written out",
+    "GPT": "the cache, published weights, a head that need not be tied",
+    "generate": "uses the cache",
+    "evaluate": "windows may overlap",
+    "make_optimizers": "AdamW alone, for fine-tuning; it decays the embeddings, too",
+    "learning_rate_share": "half a cosine wave",
+    "print_evaluation": "perplexity; a sample starts with the end of text",
 }
 
 
@@ -49,26 +67,33 @@ def test_what_two_scripts_share_is_the_same_to_the_letter():
     shared = set()
     for a, b in combinations(SCRIPTS, 2):
         ours, theirs = definitions(a), definitions(b)
-        for name in ours.keys() & theirs.keys() - MAY_DIFFER.keys():
+        may_differ = MAY_DIFFER | (MAY_DIFFER_IN_BPE_GPT if "bpe_gpt.py" in (a, b) else {})
+        for name in ours.keys() & theirs.keys() - may_differ.keys():
             assert ours[name] == theirs[name], f"{name} differs between {a} and {b}"
             shared.add(name)
     assert {"CharTokenizer", "get_batch", "generate", "evaluate", "download"} <= shared
 
 
+def test_what_may_differ_does_differ():
+    """So that the lists above, of which each line costs the reader something, stay short."""
+    char, bpe = definitions("char_gpt.py"), definitions("bpe_gpt.py")
+    assert all(char[name] != bpe[name] for name in MAY_DIFFER_IN_BPE_GPT)
+
+
 def test_sections_come_in_the_same_order():
     heading = re.compile(r"^# -{80,}\n# (.+)$", re.MULTILINE)
-    headings = [heading.findall(source(script)) for script in TRAINING_SCRIPTS]
-    assert len(headings[0]) >= 7
-    assert all(h == headings[0] for h in headings)
+    bigram, char, bpe = [heading.findall(source(script)) for script in TRAINING_SCRIPTS]
+    assert len(bigram) >= 7
+    assert bigram == char == [h for h in bpe if h != "Weights"]
 
 
 def test_training_scripts_import_nothing_from_each_other():
     for script in TRAINING_SCRIPTS:
-        assert not re.search(r"(?m)^(from|import) (bigram|char_gpt|sample)\b", source(script))
+        assert not re.search(r"(?m)^(from|import) (bigram|char_gpt|bpe_gpt|sample)\b", source(script))
 
 
 def test_importing_a_script_runs_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import bigram, char_gpt, sample"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import bigram, char_gpt, bpe_gpt, sample"
     assert run("-c", code, cwd=tmp_path) == ("", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -222,33 +247,55 @@ BODY = b"To be checked, or not to be used at all. " * 5000
 @pytest.fixture
 def server():
     """A server on loopback that answers in all the ways in which a download can go wrong."""
+    asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            kind = self.path.strip("/")
-            if kind == "missing":
-                return self.send_error(404)
+            kind, wanted = self.path.strip("/"), self.headers["Range"]
+            asked.append(wanted)
+            if kind in ("missing", "busy"):
+                return self.send_error({"missing": 404, "busy": 503}[kind])
             body = {"wrong": BODY[::-1], "long": BODY * 3, "short": BODY[:-1]}.get(kind, BODY)
-            self.send_response(200)
+            if wanted and kind != "stubborn":
+                first = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+                if first >= len(body):
+                    return self.send_error(416)
+                self.send_response(206)
+                body = body[first:]
+            else:
+                self.send_response(200)
             if kind != "long":
                 self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             try:
-                self.wfile.write(body[: len(body) // 2] if kind == "cut" else body)
+                self.wfile.write(body[: len(body) // 2] if kind in ("cut", "reset") else body)
+                if kind == "reset":  # close at once, with no word of goodbye
+                    linger = struct.pack("ii", 1, 0)
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    self.connection.close()
             except OSError:
                 pass  # the client has seen enough
 
         def log_message(self, *args):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, *args):
+            pass
+
+    with Server(("127.0.0.1", 0), Handler) as httpd:
+        httpd.asked = asked
+        threading.Thread(target=partial(httpd.serve_forever, 0.01), daemon=True).start()
+        yield httpd
         httpd.shutdown()
 
 
+def url(server, kind):
+    return f"http://127.0.0.1:{server.server_port}/{kind}"
+
+
 def fetch(server, kind, path):
-    bigram.download(f"{server}/{kind}", path, len(BODY), hashlib.sha256(BODY).hexdigest())
+    bigram.download(url(server, kind), path, hashlib.sha256(BODY).hexdigest())
 
 
 def test_a_download_arrives_whole(server, tmp_path):
@@ -257,11 +304,40 @@ def test_a_download_arrives_whole(server, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("kind", ["wrong", "short", "long", "cut", "missing"])
+@pytest.mark.parametrize("kind", ["wrong", "short", "long", "missing", "busy"])
 def test_a_bad_download_is_never_used(server, tmp_path, kind):
-    with pytest.raises((OSError, http.client.HTTPException)):
+    with pytest.raises(OSError, match=f"cannot fetch http.*/{kind}"):
         fetch(server, kind, tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["cut", "reset"])
+def test_a_download_goes_on_where_it_broke_off(server, tmp_path, kind):
+    with pytest.raises(OSError, match="cannot fetch"):
+        fetch(server, kind, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+    half = (tmp_path / "file.part").read_bytes()
+    assert 0 < len(half) <= len(BODY) // 2 and BODY.startswith(half)
+    with pytest.raises(OSError):
+        fetch(server, "busy", tmp_path / "file")  # what is there already is not lost
+    fetch(server, "good", tmp_path / "file")
+    assert server.asked[-1] == f"bytes={len(half)}-"
+    assert (tmp_path / "file").read_bytes() == BODY and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_server_that_sends_all_again_does_no_harm(server, tmp_path):
+    (tmp_path / "file.part").write_bytes(BODY[:1000])
+    fetch(server, "stubborn", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("part", [BODY, BODY * 2, b"x" * 1000])
+def test_a_part_of_something_else_is_thrown_away(server, tmp_path, part):
+    (tmp_path / "file.part").write_bytes(part)
+    with pytest.raises(OSError):
+        fetch(server, "good", tmp_path / "file")
+    fetch(server, "good", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == BODY
 
 
 @pytest.mark.parametrize("kind", ["wrong", "cut", "missing"])
@@ -269,7 +345,7 @@ def test_without_tiny_shakespeare_the_shipped_play_is_used_and_said_so(
     server, tmp_path, monkeypatch, capsys, kind
 ):
     monkeypatch.setattr(bigram, "SHAKESPEARE", tmp_path / "tinyshakespeare.txt")
-    monkeypatch.setattr(bigram, "SHAKESPEARE_URL", f"{server}/{kind}")
+    monkeypatch.setattr(bigram, "SHAKESPEARE_URL", url(server, kind))
     text = bigram.load_text(bigram.BigramConfig())
     assert text == PLAY.read_text(encoding="utf-8")
     assert capsys.readouterr().out.count("no Tiny Shakespeare") == 1
@@ -316,7 +392,8 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 @pytest.mark.parametrize("script", TRAINING_SCRIPTS)
 def test_every_setting_is_a_flag_with_its_meaning(script):
     output, _ = run(ROOT / script, "--help", cwd=ROOT)
-    Config = {"bigram.py": bigram.BigramConfig, "char_gpt.py": char_gpt.GPTConfig}[script]
+    module = {"bigram.py": bigram, "char_gpt.py": char_gpt, "bpe_gpt.py": bpe_gpt}[script]
+    Config = module.BigramConfig if module is bigram else module.GPTConfig
     for name in set(vars(Config())) - {"vocab_size"}:
         assert re.search(rf"--{name}\b.*\n?.*\w \[.*\]", output), name
 
@@ -344,6 +421,17 @@ BAD_COMMANDS = {
         "--learning_rate",
     ),
     "nothing to resume": ("char_gpt.py --resume --out nothing.pt", "nothing.pt"),
+    "no such tokenizer": ("bpe_gpt.py --tokenizer words", "tokenizer"),
+    "a vocabulary of less than bytes": ("bpe_gpt.py --learned_vocab_size 256", "above 256"),
+    "a stride that skips tokens": ("bpe_gpt.py --stride 65 --block_size 64", "--stride"),
+    "a text shorter than a sequence of tokens": ("bpe_gpt.py --data short.txt", "too little"),
+    "an empty text for tokens": ("bpe_gpt.py --data empty.txt", "too little"),
+    "a folder without tokens": ("bpe_gpt.py --data .", "train.bin"),
+    "half a token": ("bpe_gpt.py --data half", "val.bin"),
+    "tokens outside the vocabulary": ("bpe_gpt.py --data far", "token 60000"),
+    "nothing that could be exported": ("bpe_gpt.py --init scratch --export x", "--init"),
+    "nothing to export": ("bpe_gpt.py --export x", "out/bpe_gpt.pt"),
+    "nothing to go on with": ("bpe_gpt.py --resume --out nothing.pt", "nothing.pt"),
 }
 
 
@@ -357,6 +445,13 @@ def test_a_mistake_gets_one_line_that_names_it(mistake, tmp_path):
         ("text.txt", b"some text\n" * 1000),
     ):
         (tmp_path / name).write_bytes(content)
+    for name in ("half", "far"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.bin").write_bytes(bytes(1000))
+        (tmp_path / name / "val.bin").write_bytes(bytes(1001))
+    (tmp_path / "far" / "val.bin").write_bytes(np.full(100, 60000, dtype="<u2").tobytes())
     command, clue = BAD_COMMANDS[mistake]
     script, *flags = command.split()
+    if script == "bpe_gpt.py":
+        flags += ["--offline"] + ["--init", "scratch"] * ("--export" not in command)
     assert clue in one_line_error(ROOT / script, *flags, cwd=tmp_path)
