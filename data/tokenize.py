@@ -15,7 +15,8 @@ a file has that word in its text, a document ends there, too. The last tenth of 
 
 import sys
 
-sys.path.pop(0)  # this folder: Python would take this file for its own module `tokenize`
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: in it, Python would take this file for its own `tokenize`
 
 import argparse  # noqa: E402
 import os  # noqa: E402

@@ -1,15 +1,15 @@
 """bpe_gpt.py: GPT-2 against transformers and numpy, its cache, its tokens, and its training."""
 
 import copy
+import importlib.util
+import io
 import math
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
-from functools import partial
 
 import numpy as np
 import pytest
@@ -495,3 +495,195 @@ def test_a_step_in_parts_is_the_step_of_the_whole(tmp_path, monkeypatch, batch_s
         )  # fmt: skip
     assert gradients[0].norm() > 0.1
     assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
+def test_the_command_says_what_it_does(clone):
+    output = (clone / "logs" / "bpe_gpt.txt").read_text(encoding="utf-8")
+    before = re.search(r"before training: validation loss (\S+) .* ln\(300\) = 5\.7038", output)[1]
+    assert float(before) == pytest.approx(5.7038, abs=0.3)
+    after = re.search(r"validation loss (\S+) at the end, (\S+) at best", output)
+    assert float(after[1]) < 4.5
+    loss, perplexity, bits = re.search(
+        r"step 60/60: .* validation loss (\S+) \(perplexity (\S+), (\S+) bits per byte\)", output
+    ).groups()
+    assert float(perplexity) == pytest.approx(math.exp(float(loss)), abs=0.01)
+    assert 2 < float(bits) < 5
+    for part in ("data: the-glass-harbour.txt", "parameters, on ", "60 steps of 512 tokens"):
+        assert part in output
+    assert "to sample from it: python sample.py out/bpe_gpt.pt" in output
+
+
+TEXT = PLAY.read_text(encoding="utf-8")[:6000]
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Runs bpe_gpt.py's main() with some flags, in this process. Returns the checkpoint."""
+    handler = signal.getsignal(signal.SIGINT)
+    (tmp_path / "play.txt").write_text(TEXT, encoding="utf-8")
+
+    def run(out, *flags):
+        out = tmp_path / out
+        data = [] if "--data" in flags else ["--data", tmp_path / "play.txt"]
+        flags = ["--offline", "--device", "cpu", "--out", out, *data, *flags]
+        monkeypatch.setattr(sys, "argv", ["bpe_gpt.py", *map(str, flags)])
+        bpe_gpt.main()
+        signal.signal(signal.SIGINT, handler)
+        return bpe_gpt.load_checkpoint(out, "bpe_gpt") if out.exists() else None
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(learned, tmp_path_factory):
+    """A model that has learned nothing, with its vocabulary, in Hugging Face's layout."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    model = GPT(GPTConfig(**{**SMALL, "vocab_size": learned.n_vocab}))
+    bpe_gpt.export(model, learned, folder)
+    return folder
+
+
+SIZE = "--n_layer 2 --n_head 2 --n_embd 16 --learned_vocab_size 300 --block_size 16"
+STEPS = "--max_iters 8 --eval_interval 3 --warmup_iters 2 --dropout 0.2 "
+STEPS += "--batch_size 3 --total_batch_size 128 --learning_rate 0.01"
+
+
+@pytest.mark.parametrize("kind", ["from scratch", "fine-tuning", "with a stride"])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(command, folder, monkeypatch, kind):
+    flags = STEPS.split() + ["--stride", "8"] * (kind == "with a stride")
+    if kind == "fine-tuning":
+        flags += ["--init", folder, "--block_size", "16"]
+    else:
+        flags += ["--init", "scratch", *SIZE.split()]
+    whole = command("whole.pt", *flags)
+
+    def stop_in_step_5(data, config, step):
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return get_batch(data, config, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bpe_gpt, "get_batch", stop_in_step_5)
+        stopped = command("part.pt", *flags)
+    assert stopped["last"]["step"] == 5 and len(stopped["history"]) == 1
+    resumed = command("part.pt", "--resume")
+    assert resumed["history"] == whole["history"]
+    for name, weight in whole["last"]["model"].items():
+        assert torch.equal(weight, resumed["last"]["model"][name]), name
+        assert torch.equal(whole["model"][name], resumed["model"][name]), name
+    for ours, theirs in zip(whole["last"]["optimizers"], resumed["last"]["optimizers"]):
+        for i, state in ours.items():
+            assert all(torch.equal(state[name], theirs[i][name]) for name in state)
+
+
+def test_fine_tuning_goes_on_from_the_weights_it_was_given(command, folder, capsys):
+    checkpoint = command("x.pt", "--init", folder, *STEPS.split())
+    output = capsys.readouterr().out
+    before = float(re.search(r"before training: validation loss (\S+)", output)[1])
+    assert output.index("before training") < output.index("    | ") < output.index("step 3/8")
+    model, tokenizer = bpe_gpt.load_pretrained(folder)
+    val_data = bpe_gpt.encode(tokenizer, bpe_gpt.split_text(TEXT)[1])
+    assert before == pytest.approx(evaluate(model, val_data, model.config), abs=0.01)
+    assert checkpoint["history"][-1][2] < before - 0.5
+    assert len(checkpoint["last"]["optimizers"]) == 1  # AdamW
+
+
+def test_a_checkpoint_is_fine_tuned_too(command, folder, capsys):
+    first = command("a.pt", "--init", folder, *STEPS.split())
+    command("b.pt", "--init", bpe_gpt.Path(first["config"]["out"]), *STEPS.split())
+    output = capsys.readouterr().out
+    after, before = re.findall(r"(\S+) at best|before training: validation loss (\S+)", output)[1:3]
+    assert after[0] == before[1]
+
+
+def test_without_gpt2_a_small_model_is_trained_and_said_so(command, capsys, monkeypatch):
+    monkeypatch.setattr(bpe_gpt, "DATA", bpe_gpt.DATA / "nowhere")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "nowhere")
+    checkpoint = command("x.pt", *SIZE.split(), *STEPS.split())
+    output = capsys.readouterr().out
+    assert output.count("no GPT-2 (") == 1 and "--full" in output and "--init" in output
+    assert len(checkpoint["vocab"]) == 300
+    command("y.pt", "--full", *SIZE.split(), *STEPS.split())
+    assert "no GPT-2 tokenizer (" in capsys.readouterr().out
+
+
+def test_evaluation_alone_is_over_the_whole_text(command, folder, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("To be, or not to be? " * 20, encoding="utf-8")
+    model, tokenizer = bpe_gpt.load_pretrained(folder)
+    data = bpe_gpt.encode(tokenizer, "To be, or not to be? " * 20)
+    for stride in (0, 7):
+        flags = ("--data", tmp_path / "text.txt", "--init", folder, "--dtype", "float32")
+        command("none.pt", "--eval_only", "--stride", stride, *flags)
+        loss, perplexity = re.search(r"loss (\S+) \(perplexity (\S+),", capsys.readouterr().out).groups()
+        assert float(loss) == pytest.approx(evaluate(model, data, model.config, stride), abs=1e-3)
+        assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-3)
+
+
+def test_a_folder_of_tokens_is_trained_on_without_being_read_whole(command, tmp_path, monkeypatch):
+    for name, n in (("train", 1000), ("val", 200)):
+        np.random.default_rng(0).integers(300, size=n).astype("<u2").tofile(tmp_path / f"{name}.bin")
+    kinds = []
+    tokenizer = make_tokenizer([bytes([b]) for b in bpe_gpt.BYTES] + [
+        b"%d." % i for i in range(100, 143)] + [b"<|endoftext|>"])  # fmt: skip
+    monkeypatch.setattr(bpe_gpt, "gpt2_tokenizer", lambda offline: tokenizer)
+    monkeypatch.setattr(
+        bpe_gpt, "get_batch", lambda *args: kinds.append(type(args[0])) or get_batch(*args)
+    )
+    flags = [*SIZE.split(), *STEPS.split()]
+    checkpoint = command("x.pt", "--init", "scratch", "--data", tmp_path, *flags)
+    assert set(kinds) == {np.memmap} and len(checkpoint["history"]) == 3
+
+
+# ---------------------------------------------------------------------------------------------
+# data/tokenize.py
+
+
+def test_text_is_cut_into_pieces_that_give_the_same_tokens(learned):
+    spec = importlib.util.spec_from_file_location("make_tokens", ROOT / "data" / "tokenize.py")
+    make_tokens = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_tokens)
+    text = PLAY.read_text(encoding="utf-8")[:3000] + "  a  \n\n b<|endoftext|>\x1c!\x1c c\n " * 5
+    expected = bpe_gpt.encode(learned, text).tolist()
+    for size in (1, 7, 100, 10_000):
+        parts = list(make_tokens.pieces(io.StringIO(text), size))
+        assert "".join(parts) == text and (len(parts) > 10 or size == 10_000)
+        assert [i for part in parts for i in bpe_gpt.encode(learned, part)] == expected
+
+
+@needs_gpt2_tokenizer
+def test_files_become_a_folder_of_tokens(tmp_path):
+    tokenizer = bpe_gpt.gpt2_tokenizer(offline=True)
+    texts = [PLAY.read_text(encoding="utf-8")[:n] for n in (9000, 1000)]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
+    out, _ = run(ROOT / "data" / "tokenize.py", "0.txt", "1.txt", "--out", "tokens", cwd=tmp_path)
+    train, val = [np.fromfile(tmp_path / "tokens" / n, "<u2") for n in ("train.bin", "val.bin")]
+    end = tokenizer.eot_token
+    expected = [*tokenizer.encode(texts[0]), end, *tokenizer.encode(texts[1]), end]
+    assert [*train, *val] == expected
+    assert len(val) == pytest.approx(0.1 * len(expected), rel=0.3)
+    assert f"{len(train):,} and {len(val):,} tokens" in out
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "flags, clue",
+    [
+        ("no.txt --out x", "no.txt"),
+        ("bad.txt --out x", "bad.txt is not UTF-8"),
+        ("bad.txt --out x --val_share 1", "--val_share"),
+        ("bad.txt", "--out"),
+    ],
+)
+@needs_gpt2_tokenizer
+def test_a_mistake_in_making_tokens_gets_one_line(tmp_path, flags, clue):
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9 " * 1000)
+    out, error = run(ROOT / "data" / "tokenize.py", *flags.split(), cwd=tmp_path, status=2)
+    assert clue in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("x/*"))
