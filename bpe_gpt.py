@@ -168,8 +168,8 @@ def train_bpe(text, vocab_size):
     pattern = WORDS.replace(r"\p{L}", letters["L"]).replace(r"\p{N}", letters["N"])
     counts = Counter(word.encode("utf-8") for word in re.findall(pattern, text))
 
-    # One array has all different words end to end, each after a -1; another how often the word occurs
-    # to which a token belongs. To merge two tokens is to renumber one and drop the other.
+    # One array has all different words end to end, each after a -1; another how often the word of
+    # each token occurs in the text. To merge two tokens is to renumber one and drop the other.
     number = np.argsort(BYTES)  # of each byte
     ids = np.concatenate([[-1], *(np.append(number[list(word)], -1) for word in counts)])
     often = np.repeat([0, *counts.values()], [1, *(len(word) + 1 for word in counts)])
@@ -665,8 +665,6 @@ def duration(seconds):
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-
-
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}  # of masks
 
@@ -964,6 +962,7 @@ def find_weights(name_or_path, offline=False):
             if offline:
                 raise OSError(f"{path} is not there, and --offline was given")
             url = f"{HUB}/{name_or_path}/resolve/{version}/{path.name}"
+            print(f"fetching {url}", file=sys.stderr)
             download(url, path, sha256 or stated_sha256(url))
         return path
     path = Path(name_or_path)

@@ -11,7 +11,7 @@ word for word those of bigram.py; the model is new, and so is the care taken in 
 
 On Tiny Shakespeare the loss falls from 4.2 to 1.53 (the small model) or 1.47 (the full one), where
 the bigram table ends at 2.49, and names, lines and most words come out right.
-Read next: sample.py, which lets the trained models speak.
+Read next: bpe_gpt.py; `diff char_gpt.py bpe_gpt.py` shows what makes this GPT-2.
 """
 # /// script
 # requires-python = ">=3.11"

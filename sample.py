@@ -63,7 +63,7 @@ def make_choice(temperature=1.0, top_k=None, top_p=1.0):
 # ---------------------------------------------------------------------------------------------
 # Checkpoints
 
-# For each script that trains: its settings, its model, and its tokenizer from the stored vocabulary.
+# For each script that trains: its settings, its model, and its tokenizer from a stored vocabulary.
 MODELS = {
     "bigram": (bigram.BigramConfig, bigram.BigramLanguageModel, CharTokenizer),
     "char_gpt": (char_gpt.GPTConfig, char_gpt.GPT, CharTokenizer),

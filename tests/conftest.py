@@ -27,7 +27,6 @@ needs_shakespeare = pytest.mark.skipif(
 )
 
 
-
 def has_gpt2_tokenizer():
     try:
         return bpe_gpt.gpt2_tokenizer(offline=True)

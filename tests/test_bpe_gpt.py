@@ -42,7 +42,7 @@ SMALL = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=300, block_size=48, drop
 
 
 def build(**settings):
-    """A small model whose scores are far apart, so that rounding does not decide what comes next."""
+    """A small model whose scores are far apart, so that rounding decides nothing."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SMALL, **settings})).eval()
     with torch.no_grad():
@@ -180,9 +180,9 @@ def published_weights():
         (
             "Alan Turing theorized that computers would one day become",
             40,
-            " the most powerful machines on the planet.\n\nThe computer is a machine that can perform"
-            " complex calculations, and it can perform these calculations in a way that is very"
-            " similar to the human brain.",  # as published by picoGPT
+            " the most powerful machines on the planet.\n\nThe computer is a machine that can"
+            " perform complex calculations, and it can perform these calculations in a way that is"
+            " very similar to the human brain.",  # as published by picoGPT
         ),
         (
             "I enjoy walking with my cute dog",
@@ -281,7 +281,8 @@ def slow_encode(text, tokens):
 
 def slow_train(text, vocab_size):
     """Byte-pair training as one would explain it: count all pairs anew for each merge."""
-    words = Counter(tuple(bytes([b]) for b in w.encode()) for w in regex.findall(bpe_gpt.WORDS, text))
+    words = regex.findall(bpe_gpt.WORDS, text)
+    words = Counter(tuple(bytes([b]) for b in word.encode()) for word in words)
     tokens = [bytes([b]) for b in bpe_gpt.BYTES]
     while len(tokens) < vocab_size - 1:
         pairs = Counter()
@@ -322,7 +323,8 @@ def test_random_strings_are_encoded_as_by_the_slow_encoder(learned):
 
 
 def test_vocabularies_are_learned_as_by_the_slow_trainer():
-    text = PLAY.read_text(encoding="utf-8")[:20_000] + " aaa aaaa aaaaa" * 40 + " h\u00e9 \u00e9" * 30
+    text = PLAY.read_text(encoding="utf-8")[:20_000]
+    text += " aaa aaaa aaaaa" * 40 + " h\u00e9 \u00e9" * 30
     assert token_bytes(train_bpe(text, 330)) == slow_train(text, 330)
 
 
@@ -620,14 +622,16 @@ def test_evaluation_alone_is_over_the_whole_text(command, folder, tmp_path, caps
     for stride in (0, 7):
         flags = ("--data", tmp_path / "text.txt", "--init", folder, "--dtype", "float32")
         command("none.pt", "--eval_only", "--stride", stride, *flags)
-        loss, perplexity = re.search(r"loss (\S+) \(perplexity (\S+),", capsys.readouterr().out).groups()
+        output = capsys.readouterr().out
+        loss, perplexity = re.search(r"loss (\S+) \(perplexity (\S+),", output).groups()
         assert float(loss) == pytest.approx(evaluate(model, data, model.config, stride), abs=1e-3)
         assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-3)
 
 
 def test_a_folder_of_tokens_is_trained_on_without_being_read_whole(command, tmp_path, monkeypatch):
     for name, n in (("train", 1000), ("val", 200)):
-        np.random.default_rng(0).integers(300, size=n).astype("<u2").tofile(tmp_path / f"{name}.bin")
+        tokens = np.random.default_rng(0).integers(300, size=n).astype("<u2")
+        tokens.tofile(tmp_path / f"{name}.bin")
     kinds = []
     tokenizer = make_tokenizer([bytes([b]) for b in bpe_gpt.BYTES] + [
         b"%d." % i for i in range(100, 143)] + [b"<|endoftext|>"])  # fmt: skip

@@ -48,7 +48,7 @@ def test_an_exported_model_comes_back_the_same(tmp_path, tokenizer, tied):
 
 
 def test_an_exported_file_is_what_transformers_writes(tmp_path, tokenizer):
-    """The same names, shapes and bytes as in a file that transformers wrote, from the same model."""
+    """The same names, shapes and bytes as in the file from which the model came."""
     original = FIXTURES / "tied" / "model.safetensors"
     export(GPT.from_pretrained(original.parent), tokenizer, tmp_path)
     ours, theirs = read_safetensors(tmp_path / "model.safetensors"), read_safetensors(original)
@@ -109,7 +109,8 @@ def test_loading_takes_no_second_copy_of_the_file(tmp_path, askew):
     if askew:
         data = path.read_bytes()
         n = struct.unpack("<Q", data[:8])[0]
-        path.write_bytes(struct.pack("<Q", n + askew) + data[8 : 8 + n] + b" " * askew + data[8 + n :])
+        header = struct.pack("<Q", n + askew) + data[8 : 8 + n] + b" " * askew
+        path.write_bytes(header + data[8 + n :])
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import bpe_gpt, re
@@ -261,8 +262,8 @@ SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Weights "gpt2" and "gpt2-large", the latter with the SHA-256 that the server states; data/ and
-    Hugging Face's cache are empty folders."""
+    """Weights "gpt2", which break off at the first try, and "gpt2-large", whose SHA-256 the server
+    states; data/ and Hugging Face's cache are empty folders."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
