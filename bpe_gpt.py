@@ -39,7 +39,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +68,7 @@ class GPTConfig:
     tokenizer: str = "gpt2"  # from scratch: gpt2, or learned, which is made from the text itself
     learned_vocab_size: int = 1024  # tokens in a vocabulary that is learned
     data: str = ""  # text (UTF-8), or folder with train.bin and val.bin; if none, Tiny Shakespeare
-    stride: int = 0  # tokens from one sequence to the next; 0: they start at random places
+    stride: int = 0  # tokens from one sequence to the next; 0: random places, or all end to end
     offline: bool = False  # never fetch anything from the network
     out: str = "out/bpe_gpt.pt"  # where to save the trained model, for sample.py to use
     resume: bool = False  # go on with the run saved there, with its settings
@@ -145,10 +145,10 @@ CPU_SETTINGS = dict(
 # text into such tokens; what they are is learned once, from a large text, in this way:
 
 # Cut a text into words first, so that no token reaches from one word into the next. GPT-2's rule:
-# a word takes the space before it along; letters (\p{L}), digits (\p{N}) and other marks part ways.
+# a word is letters (\p{L}), or digits (\p{N}), or other marks, with the space before it, if any.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The first 256 tokens are the single bytes, so that every text can be written. GPT-2 has those that
-# are visible characters first; whoever reads its vocabulary must keep to that order.
+# The first 256 tokens are the single bytes, so that every text can be written: first those that are
+# visible as characters of that number, then the others. (It is GPT-2's order, for no deep reason.)
 VISIBLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 BYTES = VISIBLE + [b for b in range(256) if b not in VISIBLE]
 END_OF_TEXT = "<|endoftext|>"  # a token of its own, which stands between texts
@@ -168,15 +168,19 @@ def train_bpe(text, vocab_size):
     pattern = WORDS.replace(r"\p{L}", letters["L"]).replace(r"\p{N}", letters["N"])
     counts = Counter(word.encode("utf-8") for word in re.findall(pattern, text))
 
-    # One array has all different words end to end, each after a -1; another how often the word of
-    # each token occurs in the text. To merge two tokens is to renumber one and drop the other.
-    number = np.argsort(BYTES)  # of each byte
+    # `ids` has the tokens of all different words end to end, with a -1 on both sides of each word,
+    # and `often` how often the word occurs in the text. For "to to be":
+    #     ids    -1   t   o  -1   b   e  -1
+    #     often   0   2   2   2   1   1   1
+    # To merge two tokens is to give one the new number and to drop the other.
+    number = np.argsort(BYTES)  # the place of each byte in BYTES
     ids = np.concatenate([[-1], *(np.append(number[list(word)], -1) for word in counts)])
     often = np.repeat([0, *counts.values()], [1, *(len(word) + 1 for word in counts)])
     tokens = [bytes([b]) for b in BYTES]
     while len(tokens) < vocab_size - 1:
         places = np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0))  # where two tokens meet
-        pairs, which = np.unique(ids[places] * vocab_size + ids[places + 1], return_inverse=True)
+        both = ids[places] * vocab_size + ids[places + 1]  # a pair, as a single number
+        pairs, which = np.unique(both, return_inverse=True)
         totals = np.bincount(which, weights=often[places], minlength=1)
         best = totals.argmax()  # among equals the first: the same text gives the same tokens
         if totals[best] < 2:
@@ -185,7 +189,7 @@ def train_bpe(text, vocab_size):
         for place in places[which == best]:
             if not merged or place > merged[-1] + 1:  # in "aaa", the first two only
                 merged.append(place)
-        left, right = divmod(pairs[best], vocab_size)
+        left, right = divmod(pairs[best], vocab_size)  # two numbers again
         ids[merged] = len(tokens)
         rest = np.delete(np.arange(len(ids)), np.add(merged, 1))
         ids, often = ids[rest], often[rest]
@@ -194,9 +198,10 @@ def train_bpe(text, vocab_size):
 
 
 def make_tokenizer(tokens):
-    """A tiktoken.Encoding of the tokens (bytes), whose numbers are their places in the list. In a
-    word to be encoded, it merges the two neighbours that give the token learned first, and again,
-    until there are none."""
+    """A tiktoken.Encoding of the tokens (bytes) in the order in which they were learned: a token's
+    place in the list is its number. To encode a word, it starts with single bytes, and merges what
+    training merged, in the same order: of all neighbours that make a token, those of the lowest
+    number come first."""
     number = {token: i for i, token in enumerate(tokens)}
     needed = {END_OF_TEXT.encode(), *(bytes([b]) for b in BYTES)}
     if len(number) < len(tokens) or not needed <= number.keys():
@@ -265,14 +270,14 @@ def attention(q, k, v):
 
 class Cache:
     """The keys and values, in all layers, of the tokens that the model has read. They stay as they
-    are when the text goes on, as no token sees its future. So a new token is the only one that must
-    pass through the model; without the cache, all tokens would again, for each new one."""
+    are when the text goes on, as no token sees its future. So only a new token has to pass through
+    the model; without the cache, all those before it would have to pass again, each time."""
 
-    def __init__(self, model, batch_size, length):
+    def __init__(self, model, batch_size, room):
         c, weight = model.config, model.transformer.wte.weight
-        shape = (c.n_layer, 2, batch_size, c.n_head, length, c.n_embd // c.n_head)
+        shape = (c.n_layer, 2, batch_size, c.n_head, room, c.n_embd // c.n_head)
         self.kv = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.length = 0  # tokens read so far; there is room for `length`
+        self.length = 0  # tokens read so far
 
 
 class CausalSelfAttention(nn.Module):
@@ -294,9 +299,9 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         # Heads go before tokens, so that each head's matrix product is done by itself.
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
-        if kv is not None:  # a place for k and v of all S tokens, (2, B, n_head, S, head_size)
-            kv[0, ..., -T:, :], kv[1, ..., -T:, :] = k, v  # keep what is new
-            k, v = kv  # and look at all
+        if kv is not None:  # the cache's room for S tokens, (2, B, n_head, S, head_size)
+            kv[0, ..., -T:, :], kv[1, ..., -T:, :] = k, v  # the last T of them are new
+            k, v = kv[0], kv[1]  # (B, n_head, S, head_size)
         if T == k.shape[2]:  # nothing came before: PyTorch's own code for attention() is faster
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -359,7 +364,8 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight  # one table for input and output
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                # Two in each block add to x: made smaller, so that all of them add up to one.
+                # Two in each block add to x: made smaller, so that all of them together add
+                # about as much as one would. (Variances add up; hence the root of their number.)
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -386,7 +392,8 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache and cache.kv[i, ..., : start + T, :])
+            # Each block gets its part of the cache, not a copy: what it writes there stays there.
+            x = block(x, cache.kv[i, ..., : start + T, :] if cache else None)
         if cache:
             cache.length += T
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
@@ -417,7 +424,7 @@ def generate(model, idx, max_new_tokens, choose=draw):
     the cache is worth nothing, and the model reads the last block_size tokens anew each time.
     """
     model.eval()  # tells a model that behaves otherwise in training that this is not training
-    cache = Cache(model, len(idx), min(idx.shape[1] + max_new_tokens, model.block_size))
+    cache = Cache(model, len(idx), room=min(idx.shape[1] + max_new_tokens, model.block_size))
     new = idx
     for _ in range(max_new_tokens):
         if cache.length + new.shape[1] > model.block_size:
@@ -450,9 +457,9 @@ def evaluate(model, data, config, stride=0):
         batch = starts[i : i + config.batch_size]
         tokens = data[np.reshape(batch, (-1, 1)) + np.arange(T + 1)]  # (B, T + 1)
         tokens = torch.from_numpy(tokens.astype(np.int64)).to(device)
-        x, y = tokens[:, :-1], tokens[:, 1:].clone()
-        for row, start in enumerate(batch):
-            y[row, : max(counted - start, 0)] = -100  # the sign for: does not count
+        x, y = tokens[:, :-1], tokens[:, 1:].clone()  # a copy: what is crossed out in y is not in x
+        for row, start in enumerate(batch):  # in place i stands what follows token start + i
+            y[row, : max(counted - start, 0)] = -100  # the sign for: does not count (again)
             counted = start + T
         _, loss = model(x, y)  # the mean over those that count
         total += loss.item() * (y != -100).sum().item()
@@ -472,7 +479,8 @@ def bits_per_byte(loss, data, tokenizer):
 
 def make_optimizers(model, config):
     """As in char_gpt.py, Muon for the matrices in the blocks and AdamW for the rest; or AdamW for
-    all, if Muon has no learning rate: the published weights are Adam's work, which AdamW continues.
+    all, if Muon has no learning rate, as in fine-tuning: Muon moves all directions of a matrix
+    equally far, also those in which published weights are just right.
     Only matrices decay; gains have no reason to be small, and biases are few."""
     muon, decay, others = [], [], []
     for name, p in model.named_parameters():
@@ -513,7 +521,7 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         first, losses = last["step"], last["losses"]
         model.load_state_dict(last["model"])
         for optimizer, state in zip(optimizers, last["optimizers"]):
-            # The sums of gradients as they were; learning rates and the like by today's flags.
+            # The running averages as they were; learning rates and the like by today's flags.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     forward = model
     if config.compile and device.type == "cuda":
@@ -686,22 +694,23 @@ def load_pretrained(name_or_path, **settings):
         else:
             shape = read_config(path.with_name("config.json"))
         tokenizer = read_vocabulary(path.parent)
-    block_size = settings.get("block_size", shape["block_size"])
     for name, value in shape.items():
-        if settings.get(name, value) != value and (name != "block_size" or block_size > value):
-            raise ValueError(f"--{name} cannot be {settings[name]}: it is {value} in {path}")
-    if shape["n_layer"] > len(tensors):  # before any time is spent on so many
-        raise ValueError(f"{path} has no {shape['n_layer']} layers, but {len(tensors)} tensors")
+        asked = settings.get(name, value)
+        if asked != value and (name != "block_size" or asked > value):
+            raise ValueError(f"--{name} cannot be {asked}: it is {value} in {path}")
+    config = GPTConfig(**{**shape, **settings})
+    if config.n_layer > len(tensors):  # before any time is spent on so many
+        raise ValueError(f"{path} has no {config.n_layer} layers, but {len(tensors)} tensors")
     try:
         with torch.device("meta"):  # shapes, without memory: the tensors will be the weights
-            model = GPT(GPTConfig(**{**settings, **shape}))
+            model = GPT(replace(config, block_size=shape["block_size"]))
     except RuntimeError:
         raise ValueError(f"{path} is not of the sizes that its configuration has") from None
     take_weights(model, tensors, path, transposed=() if ours else TRANSPOSED)
-    if block_size < shape["block_size"]:  # positions that are not wanted
+    model.config, model.block_size = config, config.block_size
+    if config.block_size < shape["block_size"]:  # the other positions are not wanted
         wpe = model.transformer.wpe
-        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
-        model.block_size = model.config.block_size = block_size
+        wpe.weight = nn.Parameter(wpe.weight[: config.block_size].detach().clone())
     return model, tokenizer
 
 
@@ -1266,13 +1275,15 @@ def start(given, device):
 def main():
     given = parse_flags(GPTConfig)
     checkpoint, model = None, None
-    if given.get("resume"):
+    if given.get("resume") and not (given.get("eval_only") or given.get("export")):
         checkpoint = load_checkpoint(given.get("out", GPTConfig.out), "bpe_gpt")
         settings = checkpoint["config"]
-        for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "tied"):
             if given.get(name, settings[name]) != settings[name]:
                 raise ValueError(f"--{name} cannot change; the run to resume has {settings[name]}")
         config = GPTConfig(**{**settings, "out": GPTConfig.out, **given})
+        if bool(config.muon_learning_rate) != bool(settings["muon_learning_rate"]):
+            raise ValueError("--muon_learning_rate cannot change from or to 0 in a run to resume")
         device, tokenizer = pick_device(config.device), unpack_vocab(checkpoint["vocab"])
     else:
         device = pick_device(given.get("device", "auto"))
@@ -1296,8 +1307,10 @@ def main():
         torch.manual_seed(config.seed)
         model = GPT(config)
     model.to(device)
-    for p in model.parameters():  # published weights lie transposed: slower, and not the bits
-        p.data = p.data.contiguous()  # that come out of a run which is resumed
+    for p in model.parameters():
+        # Published matrices lie in memory the other way round, and sums are rounded in another order.
+        # A resumed run has them this way: only so can it end with the same bits.
+        p.data = p.data.contiguous()
     if checkpoint is None:
         checkpoint = dict(script="bpe_gpt", vocab=pack_vocab(tokenizer), history=[], last=None)
     elif checkpoint["last"]["step"] >= config.max_iters:

@@ -287,7 +287,8 @@ class GPT(nn.Module):
         self.lm_head.weight = self.transformer.wte.weight  # tied: one table for input and output
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                # Two in each block add to x: made smaller, so that all of them add up to one.
+                # Two in each block add to x: made smaller, so that all of them together add
+                # about as much as one would. (Variances add up; hence the root of their number.)
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -414,7 +415,7 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         first, losses = last["step"], last["losses"]
         model.load_state_dict(last["model"])
         for optimizer, state in zip(optimizers, last["optimizers"]):
-            # The sums of gradients as they were; learning rates and the like by today's flags.
+            # The running averages as they were; learning rates and the like by today's flags.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     forward = model
     if config.compile and train_data.is_cuda:

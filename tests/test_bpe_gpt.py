@@ -209,7 +209,7 @@ def test_the_cache_changes_no_score(first):
     model, idx = build(), torch.randint(300, (3, 40))
     with torch.no_grad():
         expected, _ = model(idx)
-        cache = Cache(model, batch_size=3, length=40)
+        cache = Cache(model, batch_size=3, room=40)
         parts = [model(idx[:, :first], cache=cache)[0]]
         while cache.length < 40:
             T = min(1 + cache.length % 3, 40 - cache.length)
@@ -613,6 +613,19 @@ def test_without_gpt2_a_small_model_is_trained_and_said_so(command, capsys, monk
     assert len(checkpoint["vocab"]) == 300
     command("y.pt", "--full", *SIZE.split(), *STEPS.split())
     assert "no GPT-2 tokenizer (" in capsys.readouterr().out
+
+
+def test_a_stride_may_not_skip_tokens_of_a_shorter_context(folder):
+    with pytest.raises(ValueError, match="--stride"):
+        GPT.from_pretrained(folder, block_size=20, stride=30)
+
+
+def test_a_run_to_resume_can_be_evaluated_or_exported(command, folder, tmp_path, capsys):
+    command("x.pt", "--init", folder, *STEPS.split())
+    command("x.pt", "--resume", "--eval_only")
+    assert "perplexity" in capsys.readouterr().out.splitlines()[-1]
+    command("x.pt", "--resume", "--export", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_evaluation_alone_is_over_the_whole_text(command, folder, tmp_path, capsys):
