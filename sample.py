@@ -15,7 +15,7 @@ as many of them as it takes to reach a probability of p (nucleus sampling, Holtz
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy>=2,<3", "tiktoken>=0.9,<1"]
+# dependencies = ["torch==2.13.0", "numpy", "tiktoken"]
 # ///
 
 import argparse

@@ -10,7 +10,7 @@ a file has that word in its text, a document ends there, too. The last tenth of 
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["numpy>=2,<3", "tiktoken>=0.9,<1"]
+# dependencies = ["numpy", "tiktoken"]
 # ///
 
 import sys
