@@ -236,7 +236,7 @@ def train(model, tokenizer, train_data, val_data, config):
             group["lr"] = config.learning_rate * (1 - step / config.max_iters)
         x, y = get_batch(train_data, config, step)
         logits, loss = model(x, y)
-        check_loss(loss.item(), step)
+        check_finite("loss", loss.item(), step, config)
         loss.backward()  # PyTorch has kept track: the chain rule, from the loss back to the table
         optimizer.step()  # moves the numbers in the table
         optimizer.zero_grad()  # forgets the gradient; the next backward() would add to it
@@ -247,15 +247,21 @@ def train(model, tokenizer, train_data, val_data, config):
         if done % config.eval_interval == 0 or done == config.max_iters:
             history.append([done, sum(losses) / len(losses), evaluate(model, val_data, config)])
             losses = []
-            check_loss(history[-1][2], step)
+            check_finite("validation loss", history[-1][2], step, config)
             print_evaluation(history, model, tokenizer, val_data, config)
     return history
 
 
-def check_loss(loss, step):
-    """Raise ValueError for a loss that is infinite or not a number: nothing can be learned then."""
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss became {loss} in step {step + 1}: try a lower --learning_rate")
+def check_finite(name, value, step, config):
+    """Raise ValueError for a loss or gradient that is infinite or not a number (NaN): a step by it
+    would spoil all weights."""
+    if not math.isfinite(value):
+        saved = (
+            f"{config.out} is as it was" if Path(config.out).exists() else "nothing is saved yet"
+        )
+        raise ValueError(
+            f"the {name} became {value} in step {step + 1} ({saved}): try a lower --learning_rate"
+        )
 
 
 def print_evaluation(history, model, tokenizer, val_data, config):
@@ -390,11 +396,13 @@ def sha256_of(path):
 
 
 def check_writable(path):
-    """Find out before training, not after it, that the checkpoint cannot be saved."""
+    """Find out before training, not after it, that the checkpoint cannot be saved. What a run that
+    was killed while saving has left behind goes."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
+        Path(f"{path}.tmp").unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write --out {path} ({error.strerror}): name another") from None
     if path.is_dir():
@@ -410,6 +418,9 @@ def save_checkpoint(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())  # on the disk, not only on its way there
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # such as a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"cannot save {path} ({reason}); what was there before is whole") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -426,9 +437,13 @@ def fail(message):
 
 
 def check_numbers(config, may_be_zero):
-    """Raise ValueError for a setting that is not above zero (or at zero, where it may be)."""
-    for name, value in vars(config).items():
-        if type(value) in (int, float):
+    """Raise ValueError for a setting that is not of its type, or a number that is not above zero
+    (or at zero, where it may be)."""
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if type(value) is not field.type and not (field.type is float and type(value) is int):
+            raise ValueError(f"--{name} must be of type {field.type.__name__}; it is {value!r}")
+        if field.type in (int, float):
             least = "0 or more" if name in may_be_zero else "above 0"
             if not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
                 raise ValueError(f"--{name} must be {least} and below 2**31; it is {value}")

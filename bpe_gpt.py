@@ -20,6 +20,7 @@ Read next: sample.py, which lets the models speak.
 # ///
 
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
@@ -45,6 +46,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -447,24 +449,26 @@ def evaluate(model, data, config, stride=0):
     The model looks through windows of block_size tokens, which start every `stride` tokens (if 0,
     end to end). Where windows overlap, a token counts in the first only, and in the others helps to
     guess those after it: a smaller stride gives each token more to go by, and takes longer.
+    Several processes (see below) share the windows out among them.
     """
     model.eval()
     device = model.transformer.wte.weight.device
     T = min(config.block_size, len(data) - 1)
     last = len(data) - 1 - T  # the last window ends with the text
     starts = [*range(0, last, stride or T), last]
-    total, counted = 0.0, 0
-    for i in range(0, len(starts), config.batch_size):
+    ends = [0, *(start + T for start in starts)]  # ends[i]: how many count before window i
+    rank, n_processes = processes()
+    total = 0.0
+    for i in range(rank * config.batch_size, len(starts), n_processes * config.batch_size):
         batch = starts[i : i + config.batch_size]
         tokens = data[np.reshape(batch, (-1, 1)) + np.arange(T + 1)]  # (B, T + 1)
         tokens = torch.from_numpy(tokens.astype(np.int64)).to(device)
         x, y = tokens[:, :-1], tokens[:, 1:].clone()  # a copy: what is crossed out in y is not in x
-        for row, start in enumerate(batch):  # in place i stands what follows token start + i
-            y[row, : max(counted - start, 0)] = -100  # the sign for: does not count (again)
-            counted = start + T
+        for row, start in enumerate(batch):
+            y[row, : max(ends[i + row] - start, 0)] = -100  # the sign for: does not count (again)
         _, loss = model(x, y)  # the mean over those that count
         total += loss.item() * (y != -100).sum().item()
-    return total / (len(data) - 1)
+    return sum_over_processes(total, device=device)[0] / (len(data) - 1)
 
 
 def bits_per_byte(loss, data, tokenizer):
@@ -476,6 +480,23 @@ def bits_per_byte(loss, data, tokenizer):
 
 # ---------------------------------------------------------------------------------------------
 # Training
+
+# `torchrun --nproc_per_node=8 bpe_gpt.py` starts the script 8 times over, one process for each GPU.
+# Each has the whole model and a share of each batch. PyTorch's DistributedDataParallel takes the
+# mean of their gradients, so that all make the same step, and the models stay the same.
+
+
+def processes():
+    """Which of how many processes this is: (0, 1), unless torchrun has started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(*numbers, device):
+    sums = torch.tensor(numbers, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    if dist.is_initialized():
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    return sums.tolist()
 
 
 def make_optimizers(model, config):
@@ -508,7 +529,8 @@ def learning_rate_share(step, config):
 
 def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
     """Gradient descent, as in char_gpt.py, with steps of any size: the batch of a step goes through
-    the model in parts that fit into memory, batch_size sequences each, and gradients add up.
+    the model in parts that fit into memory, batch_size sequences each, and gradients add up. Of
+    several processes each takes its share of the batch.
 
     At each evaluation, and after Ctrl-C, saves the checkpoint with what is new in it: the history
     ([step, training loss, validation loss] of each evaluation), the weights that had the best
@@ -518,17 +540,16 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
     device = model.transformer.wte.weight.device
     optimizers = make_optimizers(model, config)
     first, losses, history = 0, [], checkpoint["history"]
-    if last := checkpoint["last"]:  # go on where the run stopped
-        first, losses = last["step"], last["losses"]
-        model.load_state_dict(last["model"])
-        for optimizer, state in zip(optimizers, last["optimizers"]):
-            # The running averages as they were; learning rates and the like by today's flags.
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    if checkpoint["last"]:
+        first, losses = restore(checkpoint["last"], model, optimizers)
     forward = model
     if config.compile and device.type == "cuda":
         x, y = (part[: config.batch_size] for part in get_batch(train_data, config, first))
         with autocast:
             forward = try_compile(model, x.to(device), y.to(device))
+    rank, n_processes = processes()
+    if n_processes > 1:
+        forward = nn.parallel.DistributedDataParallel(forward)
     interrupts = catch_interrupts()
     for step in range(first, config.max_iters):
         share = learning_rate_share(step, config)
@@ -537,23 +558,31 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
                 group["lr"] = share * optimizer.defaults["lr"]
         x, y = get_batch(train_data, config, step)
         # What dropout drops depends on (seed, step) alone, too: draw a seed for it from these.
-        torch.manual_seed(int(np.random.default_rng((config.seed, step)).integers(2**32)))
+        torch.manual_seed(int(np.random.default_rng((config.seed, step, rank)).integers(2**32)))
         model.train()  # dropout on; evaluate() and generate() turn it off
-        step_loss = 0.0
-        for x_part, y_part in zip(x.split(config.batch_size), y.split(config.batch_size)):
-            with autocast:
-                logits, loss = forward(x_part.to(device), y_part.to(device))
-            loss = loss * (len(x_part) / len(x))  # its share in the mean over the step
-            loss.backward()  # adds to the gradients of the parts before
+        parts = zip(*(rows[rank::n_processes].split(config.batch_size) for rows in (x, y)))
+        step_loss, left = 0.0, len(x[rank::n_processes])
+        for x_part, y_part in parts:
+            left -= len(x_part)
+            # Gradients travel between processes once, with the last part.
+            quiet = forward.no_sync() if n_processes > 1 and left else contextlib.nullcontext()
+            with quiet:
+                with autocast:
+                    logits, loss = forward(x_part.to(device), y_part.to(device))
+                loss = loss * (len(x_part) / len(x))  # its share in the mean over the step
+                (loss * n_processes).backward()  # adds to the gradients of the parts before
             step_loss += loss.item()
-        check_loss(step_loss, step)
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)  # one odd batch does no harm
+        step_loss, n_interrupts = sum_over_processes(step_loss, len(interrupts), device=device)
+        check_finite("loss", step_loss, step, config)
+        # The gradient is shortened, so that one odd batch does no harm.
+        length = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        check_finite("gradient", length.item(), step, config)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(step_loss)
 
-        done, interrupted = step + 1, bool(interrupts)
+        done, interrupted = step + 1, n_interrupts > 0  # in any process: all stop together
         if step == first:
             started = time.perf_counter()  # the first step is slow, and does not count
         else:
@@ -565,21 +594,37 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         if evaluates:
             with autocast:
                 val_loss = evaluate(model, val_data, config)
-            check_loss(val_loss, step)
+            check_finite("validation loss", val_loss, step, config)
             if all(val_loss < earlier for _, _, earlier in history):
                 checkpoint["model"] = copy.deepcopy(model.state_dict())
             history.append([done, sum(losses) / len(losses), val_loss])
             losses = []
-        if evaluates or interrupted:
+        if rank == 0 and (evaluates or interrupted):
             states = [optimizer.state_dict()["state"] for optimizer in optimizers]
             checkpoint["last"] = dict(step=done, losses=losses, optimizers=states)
             checkpoint["last"]["model"] = model.state_dict()
             save_checkpoint(config.out, checkpoint)
-        if evaluates:
+        if rank == 0 and evaluates:
             print_evaluation(history, model, tokenizer, val_data, config)
         if interrupted:
             break
     return done
+
+
+def restore(last, model, optimizers):
+    """Brings model and optimizers to where the run stopped. Returns the number of steps done, and
+    the losses since the last evaluation. Raises ValueError for a state that is not theirs."""
+    try:
+        model.load_state_dict(last["model"])
+        for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
+            # The running averages as they were; learning rates and the like by today's flags.
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            for p, averages in optimizer.state.items():
+                if any(a.dim() and a.shape != p.shape for a in averages.values()):
+                    raise ValueError
+        return int(last["step"]), [float(loss) for loss in last["losses"]]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise ValueError("the checkpoint to resume is damaged: it does not fit its model") from None
 
 
 def try_compile(model, x, y):
@@ -597,22 +642,30 @@ def try_compile(model, x, y):
 
 
 def catch_interrupts():
-    """Returns a list that Ctrl-C makes longer, so that the step in hand can be finished and saved.
-    A second Ctrl-C ends the program at once."""
+    """Returns a list that Ctrl-C (SIGINT) or SIGTERM makes longer, so that the step in hand can be
+    finished and saved. A second one ends the program at once."""
     interrupts = []
 
     def handler(signum, frame):
         interrupts.append(signum)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, handler)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, handler)
     return interrupts
 
 
-def check_loss(loss, step):
-    """Raise ValueError for a loss that is infinite or not a number: nothing can be learned then."""
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss became {loss} in step {step + 1}: try a lower --learning_rate")
+def check_finite(name, value, step, config):
+    """Raise ValueError for a loss or gradient that is infinite or not a number (NaN): a step by it
+    would spoil all weights."""
+    if not math.isfinite(value):
+        saved = (
+            f"{config.out} is as it was" if Path(config.out).exists() else "nothing is saved yet"
+        )
+        raise ValueError(
+            f"the {name} became {value} in step {step + 1} ({saved}): try a lower --learning_rate"
+        )
 
 
 def print_evaluation(history, model, tokenizer, val_data, config):
@@ -1154,12 +1207,41 @@ def unpack_vocab(vocab):
     return make_tokenizer([token.encode("latin-1") for token in vocab])
 
 
+def resume_settings(Config, checkpoint, given, fixed):
+    """The settings of a run to go on with: as they were, but for those given anew, of which it
+    tells. Raises ValueError for one that is fixed, since another run would come of it."""
+    try:
+        settings = Config(**checkpoint["config"])
+    except TypeError:
+        raise ValueError("the checkpoint to resume is damaged: its settings are others") from None
+    for name, value in given.items():
+        old = getattr(settings, name)
+        if value != old and name in fixed:
+            raise ValueError(f"--{name} cannot change; the run to resume has {old}, not {value}")
+        if value != old and name not in ("resume", "out", "data", "offline"):
+            print(f"--{name} changes from {old} to {value}")
+    return replace(settings, **{"out": Config.out, **given})
+
+
+def check_resumable(checkpoint, fingerprint, config):
+    """Raise ValueError where a run cannot go on: with other data, or with no steps left."""
+    last = checkpoint.get("last")
+    if checkpoint.get("data") != fingerprint:
+        raise ValueError(f"{config.out} learned from other data than this: name its own by --data")
+    if not isinstance(last, dict) or type(last.get("step")) is not int:
+        raise ValueError(f"{config.out} is damaged: it does not say where the run stopped")
+    if last["step"] >= config.max_iters:
+        raise ValueError(f"{config.out} has had its {config.max_iters} steps: raise --max_iters")
+
+
 def check_writable(path):
-    """Find out before training, not after it, that the checkpoint cannot be saved."""
+    """Find out before training, not after it, that the checkpoint cannot be saved. What a run that
+    was killed while saving has left behind goes."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
+        Path(f"{path}.tmp").unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write --out {path} ({error.strerror}): name another") from None
     if path.is_dir():
@@ -1175,6 +1257,9 @@ def save_checkpoint(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())  # on the disk, not only on its way there
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # such as a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"cannot save {path} ({reason}); what was there before is whole") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1191,9 +1276,13 @@ def fail(message):
 
 
 def check_numbers(config, may_be_zero):
-    """Raise ValueError for a setting that is not above zero (or at zero, where it may be)."""
-    for name, value in vars(config).items():
-        if type(value) in (int, float):
+    """Raise ValueError for a setting that is not of its type, or a number that is not above zero
+    (or at zero, where it may be)."""
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if type(value) is not field.type and not (field.type is float and type(value) is int):
+            raise ValueError(f"--{name} must be of type {field.type.__name__}; it is {value!r}")
+        if field.type in (int, float):
             least = "0 or more" if name in may_be_zero else "above 0"
             if not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
                 raise ValueError(f"--{name} must be {least} and below 2**31; it is {value}")
@@ -1273,21 +1362,44 @@ def start(given, device):
     return config, None, None
 
 
+def join_processes(device):
+    """Where torchrun has started this process as one of several, gets them to know each other. The
+    first alone prints."""
+    if device.type == "cuda":
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node must be {torch.cuda.device_count()}, one a GPU")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+# What a run keeps from its first step to its last, besides its data.
+FIXED = "n_layer", "n_head", "n_embd", "tied", "block_size", "total_batch_size", "stride", "seed"
+FIXED += "init", "tokenizer", "learned_vocab_size", "full"
+
+
 def main():
     given = parse_flags(GPTConfig)
     checkpoint, model = None, None
-    if given.get("resume") and not (given.get("eval_only") or given.get("export")):
-        checkpoint = load_checkpoint(given.get("out", GPTConfig.out), "bpe_gpt")
-        settings = checkpoint["config"]
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "tied"):
-            if given.get(name, settings[name]) != settings[name]:
-                raise ValueError(f"--{name} cannot change; the run to resume has {settings[name]}")
-        config = GPTConfig(**{**settings, "out": GPTConfig.out, **given})
-        if bool(config.muon_learning_rate) != bool(settings["muon_learning_rate"]):
+    out = given.get("out", GPTConfig.out)
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun, after a failure
+    if given.get("eval_only") or given.get("export"):
+        given["resume"] = False
+    elif (restarts and Path(out).exists()) or given.get("resume"):
+        given["resume"] = True
+        checkpoint = load_checkpoint(out, "bpe_gpt")
+        config = resume_settings(GPTConfig, checkpoint, given, FIXED)
+        if bool(config.muon_learning_rate) != bool(checkpoint["config"]["muon_learning_rate"]):
             raise ValueError("--muon_learning_rate cannot change from or to 0 in a run to resume")
-        device, tokenizer = pick_device(config.device), unpack_vocab(checkpoint["vocab"])
-    else:
-        device = pick_device(given.get("device", "auto"))
+        tokenizer = unpack_vocab(checkpoint["vocab"])
+    device = pick_device(config.device if checkpoint else given.get("device", "auto"))
+    fetches = os.environ.get("LOCAL_RANK", "0") == "0"  # of all processes on this machine
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        join_processes(device)
+        if not fetches:
+            dist.barrier()  # wait until the files are there
+    if checkpoint is None:
         config, model, tokenizer = start(given, device)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -1296,6 +1408,8 @@ def main():
         print(f"wrote {config.export}, which transformers' GPT2LMHeadModel.from_pretrained opens")
         return
     tokenizer, data = load_data(config, tokenizer)
+    if dist.is_initialized() and fetches:
+        dist.barrier()
     if config.eval_only:
         with autocast:
             loss = evaluate(model.to(device), data[0], config, config.stride)
@@ -1312,20 +1426,24 @@ def main():
         # Published matrices lie in memory the other way round, and sums are rounded in another order.
         # A resumed run has them this way: only so can it end with the same bits.
         p.data = p.data.contiguous()
+    fingerprint = hashlib.sha256(b"".join(np.int32(part[: 1 << 20]).tobytes() for part in data))
     if checkpoint is None:
         checkpoint = dict(script="bpe_gpt", vocab=pack_vocab(tokenizer), history=[], last=None)
-    elif checkpoint["last"]["step"] >= config.max_iters:
-        raise ValueError(f"{config.out} has had its {config.max_iters} steps: raise --max_iters")
+        checkpoint["data"] = fingerprint.hexdigest()
+    else:
+        check_resumable(checkpoint, fingerprint.hexdigest(), config)
     checkpoint["config"] = asdict(config)
     if not checkpoint["history"]:
         checkpoint["model"] = model.state_dict()  # the weights as they are, until there is a best
 
     n_params = sum(p.numel() for p in model.parameters())
-    n_tokens = max(config.total_batch_size // config.block_size, 1) * config.block_size
+    n_rows = max(config.total_batch_size // config.block_size, 1)
+    if n_rows < processes()[1]:
+        raise ValueError(f"--total_batch_size has {n_rows} sequences, less than one a process")
     print(
         f"model: GPT, {config.n_layer} layers of {config.n_head} heads, {config.n_embd} wide, "
         f"{n_params:,} parameters, on {device} in {str(dtype).removeprefix('torch.')}\n"
-        f"plan: {config.max_iters:,} steps of {n_tokens:,} tokens"
+        f"plan: {config.max_iters:,} steps of {n_rows * config.block_size:,} tokens"
     )
     if checkpoint["last"]:
         print(f"going on after step {checkpoint['last']['step']:,}")
@@ -1358,11 +1476,15 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         fail("interrupted")
     except (OSError, ValueError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
+        if dist.is_initialized() and re.search("onnection|NCCL|gloo", repr(error)):
+            fail("another process has ended; torchrun --max-restarts=3 would start all again")
         if not re.search("out of memory|allocate|MemoryError", repr(error)):
             raise
         fail("out of memory: lower --batch_size, --block_size or the size of the model")

@@ -32,7 +32,7 @@ import tempfile
 import textwrap
 import time
 import urllib.request
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -411,12 +411,8 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
     """
     optimizers = make_optimizers(model, config)
     first, losses, history = 0, [], checkpoint["history"]
-    if last := checkpoint["last"]:  # go on where the run stopped
-        first, losses = last["step"], last["losses"]
-        model.load_state_dict(last["model"])
-        for optimizer, state in zip(optimizers, last["optimizers"]):
-            # The running averages as they were; learning rates and the like by today's flags.
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    if checkpoint["last"]:
+        first, losses = restore(checkpoint["last"], model, optimizers)
     forward = model
     if config.compile and train_data.is_cuda:
         with autocast:
@@ -433,9 +429,11 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         model.train()  # dropout on; evaluate() and generate() turn it off
         with autocast:
             logits, loss = forward(x, y)
-        check_loss(loss.item(), step)
+        check_finite("loss", loss.item(), step, config)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)  # one odd batch does no harm
+        # The gradient is shortened, so that one odd batch does no harm.
+        length = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        check_finite("gradient", length.item(), step, config)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -453,7 +451,7 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         if evaluates:
             with autocast:
                 val_loss = evaluate(model, val_data, config)
-            check_loss(val_loss, step)
+            check_finite("validation loss", val_loss, step, config)
             if all(val_loss < earlier for _, _, earlier in history):
                 checkpoint["model"] = copy.deepcopy(model.state_dict())
             history.append([done, sum(losses) / len(losses), val_loss])
@@ -468,6 +466,22 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         if interrupted:
             break
     return done
+
+
+def restore(last, model, optimizers):
+    """Brings model and optimizers to where the run stopped. Returns the number of steps done, and
+    the losses since the last evaluation. Raises ValueError for a state that is not theirs."""
+    try:
+        model.load_state_dict(last["model"])
+        for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
+            # The running averages as they were; learning rates and the like by today's flags.
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            for p, averages in optimizer.state.items():
+                if any(a.dim() and a.shape != p.shape for a in averages.values()):
+                    raise ValueError
+        return int(last["step"]), [float(loss) for loss in last["losses"]]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise ValueError("the checkpoint to resume is damaged: it does not fit its model") from None
 
 
 def try_compile(model, x, y):
@@ -485,22 +499,30 @@ def try_compile(model, x, y):
 
 
 def catch_interrupts():
-    """Returns a list that Ctrl-C makes longer, so that the step in hand can be finished and saved.
-    A second Ctrl-C ends the program at once."""
+    """Returns a list that Ctrl-C (SIGINT) or SIGTERM makes longer, so that the step in hand can be
+    finished and saved. A second one ends the program at once."""
     interrupts = []
 
     def handler(signum, frame):
         interrupts.append(signum)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, handler)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, handler)
     return interrupts
 
 
-def check_loss(loss, step):
-    """Raise ValueError for a loss that is infinite or not a number: nothing can be learned then."""
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss became {loss} in step {step + 1}: try a lower --learning_rate")
+def check_finite(name, value, step, config):
+    """Raise ValueError for a loss or gradient that is infinite or not a number (NaN): a step by it
+    would spoil all weights."""
+    if not math.isfinite(value):
+        saved = (
+            f"{config.out} is as it was" if Path(config.out).exists() else "nothing is saved yet"
+        )
+        raise ValueError(
+            f"the {name} became {value} in step {step + 1} ({saved}): try a lower --learning_rate"
+        )
 
 
 def print_evaluation(history, model, tokenizer, val_data, config):
@@ -649,12 +671,41 @@ def load_checkpoint(path, *scripts):
     raise ValueError(f"{path} is not a checkpoint of {' or '.join(f'{s}.py' for s in scripts)}")
 
 
+def resume_settings(Config, checkpoint, given, fixed):
+    """The settings of a run to go on with: as they were, but for those given anew, of which it
+    tells. Raises ValueError for one that is fixed, since another run would come of it."""
+    try:
+        settings = Config(**checkpoint["config"])
+    except TypeError:
+        raise ValueError("the checkpoint to resume is damaged: its settings are others") from None
+    for name, value in given.items():
+        old = getattr(settings, name)
+        if value != old and name in fixed:
+            raise ValueError(f"--{name} cannot change; the run to resume has {old}, not {value}")
+        if value != old and name not in ("resume", "out", "data", "offline"):
+            print(f"--{name} changes from {old} to {value}")
+    return replace(settings, **{"out": Config.out, **given})
+
+
+def check_resumable(checkpoint, fingerprint, config):
+    """Raise ValueError where a run cannot go on: with other data, or with no steps left."""
+    last = checkpoint.get("last")
+    if checkpoint.get("data") != fingerprint:
+        raise ValueError(f"{config.out} learned from other data than this: name its own by --data")
+    if not isinstance(last, dict) or type(last.get("step")) is not int:
+        raise ValueError(f"{config.out} is damaged: it does not say where the run stopped")
+    if last["step"] >= config.max_iters:
+        raise ValueError(f"{config.out} has had its {config.max_iters} steps: raise --max_iters")
+
+
 def check_writable(path):
-    """Find out before training, not after it, that the checkpoint cannot be saved."""
+    """Find out before training, not after it, that the checkpoint cannot be saved. What a run that
+    was killed while saving has left behind goes."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
+        Path(f"{path}.tmp").unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write --out {path} ({error.strerror}): name another") from None
     if path.is_dir():
@@ -670,6 +721,9 @@ def save_checkpoint(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())  # on the disk, not only on its way there
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # such as a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"cannot save {path} ({reason}); what was there before is whole") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -686,9 +740,13 @@ def fail(message):
 
 
 def check_numbers(config, may_be_zero):
-    """Raise ValueError for a setting that is not above zero (or at zero, where it may be)."""
-    for name, value in vars(config).items():
-        if type(value) in (int, float):
+    """Raise ValueError for a setting that is not of its type, or a number that is not above zero
+    (or at zero, where it may be)."""
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if type(value) is not field.type and not (field.type is float and type(value) is int):
+            raise ValueError(f"--{name} must be of type {field.type.__name__}; it is {value!r}")
+        if field.type in (int, float):
             least = "0 or more" if name in may_be_zero else "above 0"
             if not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
                 raise ValueError(f"--{name} must be {least} and below 2**31; it is {value}")
@@ -738,24 +796,26 @@ def pick_dtype(name, device):
     return torch.bfloat16 if fast else torch.float32
 
 
+# What a run keeps from its first step to its last, besides its text.
+FIXED = "n_layer", "n_head", "n_embd", "block_size", "batch_size", "seed", "full"
+
+
 def main():
     given = parse_flags(GPTConfig)
-    checkpoint, settings = None, {}
+    checkpoint, small = None, False
     if given.get("resume"):
         checkpoint = load_checkpoint(given.get("out", GPTConfig.out), "char_gpt")
-        settings = checkpoint["config"]
-        for name in ("n_layer", "n_head", "n_embd", "block_size"):
-            if given.get(name, settings[name]) != settings[name]:
-                raise ValueError(f"--{name} cannot change; the run to resume has {settings[name]}")
-    device = pick_device({**settings, **given}.get("device", "auto"))
-    small = device.type == "cpu" and not checkpoint and not given.get("full")
-    if small:
-        settings = CPU_SETTINGS
-    config = GPTConfig(**{**settings, "out": GPTConfig.out, **given})
+        config = resume_settings(GPTConfig, checkpoint, given, FIXED)
+        device = pick_device(config.device)
+    else:
+        device = pick_device(given.get("device", "auto"))
+        small = device.type == "cpu" and not given.get("full")
+        config = GPTConfig(**{**(CPU_SETTINGS if small else {}), **given})
     dtype = pick_dtype(config.dtype, device)
     check_writable(config.out)
 
     text = load_text(config)
+    fingerprint = hashlib.sha256(text.encode("utf-8")).hexdigest()
     tokenizer = CharTokenizer(text)
     config.vocab_size = tokenizer.vocab_size
     train_data, val_data = [
@@ -764,13 +824,11 @@ def main():
     torch.manual_seed(config.seed)
     model = GPT(config).to(device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    vocab = "".join(tokenizer.chars)
     if checkpoint is None:
-        checkpoint = dict(script="char_gpt", vocab=vocab, history=[], last=None)
-    elif checkpoint["vocab"] != vocab:
-        raise ValueError(f"{config.out} learned from other characters: name its text by --data")
-    elif checkpoint["last"]["step"] >= config.max_iters:
-        raise ValueError(f"{config.out} has had its {config.max_iters} steps: raise --max_iters")
+        checkpoint = dict(script="char_gpt", vocab="".join(tokenizer.chars), history=[], last=None)
+        checkpoint["data"] = fingerprint
+    else:
+        check_resumable(checkpoint, fingerprint, config)
     checkpoint["config"] = asdict(config)
     if not checkpoint["history"]:
         checkpoint["model"] = model.state_dict()  # the weights as they are, until there is a best
