@@ -116,8 +116,8 @@ SIZES = {
 # Fine-tuning: a few small steps, so that the model learns the text and forgets little else.
 FINE_TUNING_SETTINGS = dict(
     batch_size=1,
-    total_batch_size=4096,
-    max_iters=60,
+    total_batch_size=2048,
+    max_iters=40,
     eval_interval=20,
     learning_rate=5e-5,
     muon_learning_rate=0,
