@@ -418,8 +418,8 @@ def save_checkpoint(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())  # on the disk, not only on its way there
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # such as a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:  # torch.save() may hide the one behind the other
+        reason = getattr(error, "strerror", None) or "is the disk full?"
         raise OSError(f"cannot save {path} ({reason}); what was there before is whole") from None
     finally:
         temporary.unlink(missing_ok=True)

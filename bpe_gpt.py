@@ -39,6 +39,7 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -97,6 +98,7 @@ class GPTConfig:
         check_numbers(self, may_be_zero=zero)
         for name, good, rule in (
             ("dropout", self.dropout < 1, "below 1"),
+            ("n_layer", self.n_layer <= 1000, "1000 at most"),
             ("n_head", self.n_embd % self.n_head == 0, f"a divisor of --n_embd, {self.n_embd}"),
             ("stride", self.stride <= self.block_size, f"--block_size, {self.block_size}, at most"),
             ("tokenizer", self.tokenizer in ("gpt2", "learned"), "gpt2 or learned"),
@@ -619,8 +621,13 @@ def restore(last, model, optimizers):
         for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
             # The running averages as they were; learning rates and the like by today's flags.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-            for p, averages in optimizer.state.items():
-                if any(a.dim() and a.shape != p.shape for a in averages.values()):
+            names = {"momentum_buffer"}
+            if isinstance(optimizer, torch.optim.AdamW):
+                names = {"exp_avg", "exp_avg_sq", "step"}
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                averages = optimizer.state[p]
+                shapes = {a.shape for name, a in averages.items() if name != "step"}
+                if averages.keys() != names or shapes != {p.shape}:
                     raise ValueError
         return int(last["step"]), [float(loss) for loss in last["losses"]]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
@@ -738,9 +745,14 @@ def load_pretrained(name_or_path, **settings):
     ours = path.suffix not in (".safetensors", ".bin")
     if ours:
         checkpoint = load_checkpoint(path, "bpe_gpt")
-        shape, tensors = checkpoint["config"], checkpoint["model"]
-        tokenizer = unpack_vocab(checkpoint["vocab"])
-        shape = {name: shape[name] for name in (*SIZES["gpt2"], "vocab_size", "block_size", "tied")}
+        tokenizer, tensors = unpack_vocab(checkpoint["vocab"]), checkpoint["model"]
+        names = (*SIZES["gpt2"], "vocab_size", "block_size", "tied")
+        try:
+            shape = {name: checkpoint["config"][name] for name in names}
+            if not all_tensors(tensors):
+                raise TypeError
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path} is damaged: train the model again") from None
     else:
         tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
         if name_or_path in SIZES:
@@ -851,8 +863,6 @@ def read_safetensors(path):
                 # Tensors lie end to end, so that none overlaps another.
                 if first != end or last - first != math.prod(shape) * dtype.itemsize:
                     raise ValueError(f"{name} does not lie where it should")
-                if start + last > size:
-                    raise ValueError(f"{name} reaches past the end of the file")
                 tensors[name] = map_tensor(file, start + first, start + last, dtype).view(shape)
                 end = last
             if start + end != size:
@@ -879,14 +889,26 @@ def map_tensor(file, first, last, dtype):
 def read_bin(path):
     """The tensors of a pytorch_model.bin by their names. Nothing in the file can run as code."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        with warnings.catch_warnings(action="ignore"):
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if all_tensors(tensors):
             return tensors
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror})") from None
     except Exception:  # a damaged file can trip its reader in any way
         pass
     raise ValueError(f"{path} is not a file of weights, or it is damaged")
+
+
+def all_tensors(tensors):
+    """Whether this is a dict of ordinary tensors by their names."""
+    return all(
+        type(name) is str
+        and isinstance(t, torch.Tensor)
+        and t.device.type == "cpu"
+        and t.layout == torch.strided
+        for name, t in tensors.items()
+    )
 
 
 def export(model, tokenizer, folder):
@@ -1187,7 +1209,8 @@ def load_checkpoint(path, *scripts):
     """The checkpoint at path, written by one of the scripts. Nothing in the file can run as code.
     Raises ValueError where there is none, or not one of theirs."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of a damaged file; what follows is clearer
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         parts = {"config", "vocab", "model", "history"}
         if checkpoint["script"] in scripts and parts <= checkpoint.keys():
             return checkpoint
@@ -1204,7 +1227,10 @@ def pack_vocab(tokenizer):
 
 
 def unpack_vocab(vocab):
-    return make_tokenizer([token.encode("latin-1") for token in vocab])
+    try:
+        return make_tokenizer([token.encode("latin-1") for token in vocab])
+    except (AttributeError, TypeError, UnicodeEncodeError):
+        raise ValueError("the vocabulary in the checkpoint is damaged") from None
 
 
 def resume_settings(Config, checkpoint, given, fixed):
@@ -1257,8 +1283,8 @@ def save_checkpoint(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())  # on the disk, not only on its way there
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # such as a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:  # torch.save() may hide the one behind the other
+        reason = getattr(error, "strerror", None) or "is the disk full?"
         raise OSError(f"cannot save {path} ({reason}); what was there before is whole") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -1339,7 +1365,11 @@ def start(given, device):
     init = given.get("init") or (given.get("out", GPTConfig.out) if needs_weights else "")
     if needs_weights and init == "scratch":
         raise ValueError("--init scratch has learned nothing to export or evaluate: name a model")
-    offline = given.get("offline", False)
+    small = device.type == "cpu" and not given.get("full")
+    settings = CPU_SETTINGS if small else {}
+    if init not in ("", "scratch"):
+        settings = FINE_TUNING_SETTINGS
+    config = GPTConfig(**{**settings, **given})  # flags that make no sense are refused at once
     if init != "scratch":
         try:
             model, tokenizer = load_pretrained(init or "gpt2", **{**FINE_TUNING_SETTINGS, **given})
@@ -1348,13 +1378,11 @@ def start(given, device):
             if init:
                 raise
             print(f"no GPT-2 ({error}): training from scratch (or name weights by --init)")
-    small = device.type == "cpu" and not given.get("full")
-    config = GPTConfig(**{**(CPU_SETTINGS if small else {}), **given})
     if small:
         print("on a CPU a small model is trained; --full trains the full one, --init gpt2 GPT-2")
     if config.tokenizer == "gpt2":
         try:
-            return config, None, gpt2_tokenizer(offline)
+            return config, None, gpt2_tokenizer(config.offline)
         except OSError as error:
             if "tokenizer" in given:
                 raise
@@ -1369,8 +1397,12 @@ def join_processes(device):
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
             raise ValueError(f"--nproc_per_node must be {torch.cuda.device_count()}, one a GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if dist.get_rank() > 0:
+    # They meet in a place of its own for each restart: in the old one, those that ended still stand.
+    store, rank, n_processes = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=n_processes)
+    if rank > 0:
         sys.stdout = open(os.devnull, "w")
 
 
@@ -1423,8 +1455,8 @@ def main():
         model = GPT(config)
     model.to(device)
     for p in model.parameters():
-        # Published matrices lie in memory the other way round, and sums are rounded in another order.
-        # A resumed run has them this way: only so can it end with the same bits.
+        # Published matrices lie in memory the other way round, so that sums are rounded in another
+        # order. In a resumed run they lie this way: only so can it end with the same bits.
         p.data = p.data.contiguous()
     fingerprint = hashlib.sha256(b"".join(np.int32(part[: 1 << 20]).tobytes() for part in data))
     if checkpoint is None:

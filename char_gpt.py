@@ -32,6 +32,7 @@ import tempfile
 import textwrap
 import time
 import urllib.request
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -80,6 +81,8 @@ class GPTConfig:
             raise ValueError(f"--dropout must be below 1; it is {self.dropout}")
         if self.n_embd % self.n_head:
             raise ValueError(f"--n_head must divide --n_embd, {self.n_embd}; it is {self.n_head}")
+        if self.n_layer > 1000:
+            raise ValueError(f"--n_layer must be 1000 at most; it is {self.n_layer}")
 
 
 # What a CPU trains unless told otherwise: the same model, smaller, done in minutes.
@@ -476,8 +479,13 @@ def restore(last, model, optimizers):
         for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
             # The running averages as they were; learning rates and the like by today's flags.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-            for p, averages in optimizer.state.items():
-                if any(a.dim() and a.shape != p.shape for a in averages.values()):
+            names = {"momentum_buffer"}
+            if isinstance(optimizer, torch.optim.AdamW):
+                names = {"exp_avg", "exp_avg_sq", "step"}
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                averages = optimizer.state[p]
+                shapes = {a.shape for name, a in averages.items() if name != "step"}
+                if averages.keys() != names or shapes != {p.shape}:
                     raise ValueError
         return int(last["step"]), [float(loss) for loss in last["losses"]]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
@@ -660,7 +668,8 @@ def load_checkpoint(path, *scripts):
     """The checkpoint at path, written by one of the scripts. Nothing in the file can run as code.
     Raises ValueError where there is none, or not one of theirs."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of a damaged file; what follows is clearer
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         parts = {"config", "vocab", "model", "history"}
         if checkpoint["script"] in scripts and parts <= checkpoint.keys():
             return checkpoint
@@ -721,8 +730,8 @@ def save_checkpoint(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())  # on the disk, not only on its way there
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # such as a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:  # torch.save() may hide the one behind the other
+        reason = getattr(error, "strerror", None) or "is the disk full?"
         raise OSError(f"cannot save {path} ({reason}); what was there before is whole") from None
     finally:
         temporary.unlink(missing_ok=True)

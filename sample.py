@@ -75,7 +75,9 @@ def newest_checkpoint():
     """The path of the checkpoint in out/ that was written last."""
     paths = sorted(Path("out").glob("*.pt"), key=lambda path: path.stat().st_mtime)
     if not paths:
-        fail("no checkpoint in out/: train a model first, with bigram.py or char_gpt.py")
+        fail(
+            "no checkpoint in out/: train a model first, with bigram.py, or name one, such as gpt2"
+        )
     return paths[-1]
 
 
@@ -94,9 +96,21 @@ def load_model(name_or_path):
         tokenizer = make_tokenizer(checkpoint["vocab"])
         model = Model(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
+        if not all(p.sum().isfinite() for p in model.parameters()):
+            raise TypeError
         return model, tokenizer, checkpoint["history"]
     except (KeyError, TypeError, AttributeError, RuntimeError):
         raise ValueError(f"{path} is damaged: train the model again") from None
+
+
+def best_loss(history):
+    """The least validation loss of a history. Raises ValueError for what is none."""
+    try:
+        return min(float(val_loss) for _, _, val_loss in history)
+    except TypeError:
+        raise ValueError(
+            "the history in the checkpoint is damaged: train the model again"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -126,6 +140,7 @@ def parse_flags():
         ("temperature", 0 <= args.temperature < math.inf, "0 or more"),
         ("top_k", args.top_k is None or args.top_k > 0, "above 0"),
         ("top_p", 0 < args.top_p <= 1, "above 0, and 1 at most"),
+        ("dtype", args.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
         ("seed", 0 <= args.seed < 2**31, "0 or more, and below 2**31"),
         ("prompt", args.prompt != "", "a character at least"),
     ):
@@ -161,8 +176,7 @@ def main():
             ids = tokenizer.encode(prompt)
         except ValueError as error:
             raise ValueError(f"--prompt: {error}") from None
-    losses = [val_loss for _, _, val_loss in history]
-    best = f"best validation loss {min(losses):.4f}, " if losses else ""
+    best = f"best validation loss {best_loss(history):.4f}, " if history else ""
     kind = f"{n_params:,} parameters in {str(dtype).removeprefix('torch.')} on {device}"
     print(f"{name}: {best}{kind}", file=sys.stderr)
 

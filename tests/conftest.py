@@ -27,6 +27,11 @@ needs_shakespeare = pytest.mark.skipif(
 )
 
 
+def pytest_addoption(parser):
+    text = "how many damaged files test_fuzz.py tries"
+    parser.addoption("--mutations", type=int, default=2500, help=text)
+
+
 def has_gpt2_tokenizer():
     try:
         return bpe_gpt.gpt2_tokenizer(offline=True)

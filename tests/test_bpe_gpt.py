@@ -595,6 +595,23 @@ def test_fine_tuning_goes_on_from_the_weights_it_was_given(command, folder, caps
     assert before == pytest.approx(evaluate(model, val_data, model.config), abs=0.01)
     assert checkpoint["history"][-1][2] < before - 0.5
     assert len(checkpoint["last"]["optimizers"]) == 1  # AdamW
+    # As in a resumed run: sums over weights that lie otherwise are rounded in another order.
+    assert all(weight.is_contiguous() for weight in checkpoint["last"]["model"].values())
+
+
+def test_the_weights_kept_for_sampling_are_the_best(command, folder, monkeypatch):
+    """A learning rate that goes wild in the fifth step spoils a run that began well."""
+    monkeypatch.setattr(bpe_gpt, "learning_rate_share", lambda step, _: 1 if step < 4 else 300)
+    flags = ("--init", folder, *STEPS.split(), "--eval_interval", "4", "--dtype", "float32")
+    checkpoint = command("x.pt", *flags)
+    losses = [val_loss for _, _, val_loss in checkpoint["history"]]
+    assert len(losses) == 2 and losses[0] < losses[1]
+    model = GPT(GPTConfig(**checkpoint["config"]))
+    tokenizer = bpe_gpt.unpack_vocab(checkpoint["vocab"])
+    val_data = bpe_gpt.encode(tokenizer, bpe_gpt.split_text(TEXT)[1])
+    for weights, loss in zip((checkpoint["model"], checkpoint["last"]["model"]), losses):
+        model.load_state_dict(weights)
+        assert evaluate(model, val_data, model.config) == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_checkpoint_is_fine_tuned_too(command, folder, capsys):

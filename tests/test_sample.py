@@ -51,6 +51,13 @@ def test_top_p_of_1_keeps_even_the_unlikeliest_token(monkeypatch):
     assert torch.isfinite(seen[0]).all()
 
 
+def test_scores_in_bfloat16_are_added_up_with_more_precision(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sample, "draw", lambda logits: seen.append(logits) or logits[:, :1].long())
+    make_choice(top_p=0.9)(torch.zeros(1, 4000, dtype=torch.bfloat16))
+    assert seen[0].isfinite().sum().item() == pytest.approx(3600, abs=2)
+
+
 def test_top_k_keeps_the_k_likeliest():
     expected = torch.tensor([0, 0.5, 0, 0.3, 0]) / 0.8
     assert torch.allclose(shares(make_choice(top_k=2)), expected, atol=0.015)
@@ -133,6 +140,13 @@ def test_a_sample_ends_where_the_model_ends_its_text(monkeypatch, capsys, clone)
     assert text == f"xa\n{line}\nxba\n"
     text = say(monkeypatch, capsys, clone, rows[:1], "--ignore_end")
     assert text == "xa<|endoftext|>bb\n"
+
+    def columns(*args):
+        yield torch.tensor([[end]])
+        raise AssertionError("all samples have ended: there is nothing left to do")
+
+    monkeypatch.setattr(sample.bpe_gpt, "generate", columns)
+    sample.main()
 
 
 def test_a_character_is_shown_when_all_its_bytes_are_there(monkeypatch, capsys, clone):

@@ -43,6 +43,8 @@ def test_an_exported_model_comes_back_the_same(tmp_path, tokenizer, tied):
     assert torch.allclose(logits(again), logits(model), atol=1e-6)
     assert bpe_gpt.token_bytes(same_tokenizer) == bpe_gpt.token_bytes(tokenizer)
     assert again.config.tied == tied
+    header = (tmp_path / "model.safetensors").read_bytes()[:8]
+    assert struct.unpack("<Q", header)[0] % 8 == 0, "so that numbers lie on multiples of 4"
     names = {"model.safetensors", "config.json", "vocab.json", "merges.txt"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
@@ -78,7 +80,9 @@ def test_numbers_that_lie_askew_are_read_right(tmp_path, tokenizer):
     data = path.read_bytes()
     n = struct.unpack("<Q", data[:8])[0]
     path.write_bytes(struct.pack("<Q", n + 3) + data[8 : 8 + n] + b"   " + data[8 + n :])
-    assert torch.allclose(logits(GPT.from_pretrained(tmp_path)), logits(model), atol=1e-6)
+    again = GPT.from_pretrained(tmp_path)
+    assert torch.allclose(logits(again), logits(model), atol=1e-6)
+    assert all(p.data_ptr() % 4 == 0 for p in again.parameters())
 
 
 def test_a_shorter_context_keeps_the_first_positions():
@@ -146,6 +150,7 @@ BAD_FILES = {
     "not JSON": lambda folder: write(folder, b"{wte.weight"),
     "a list": lambda folder: write(folder, [1, 2]),
     "not UTF-8": lambda folder: write(folder, b'{"\xff": 1}'),
+    "a header of 11 MB": lambda folder: write(folder, b"{}" + b" " * 11_000_000),
     "nested without end": lambda folder: write(folder, b"[" * 1_000_000),
     "a number without end": lambda folder: write(folder, b'{"a": ' + b"9" * 1_000_000 + b"}"),
     "an entry without offsets": lambda folder: write(folder, {"a": {"dtype": "F32", "shape": []}}),
@@ -218,9 +223,11 @@ BAD_MODELS = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "a config that is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
     "a config of another model": (configure(model_type="bert"), "model_type is 'bert'"),
+    "another epsilon": (configure(layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06"),
     "another activation": (configure(activation_function="relu"), "activation_function"),
     "no layers": (configure(n_layer=0), "n_layer is 0"),
-    "a billion layers": (configure(n_layer=10**9), "layers"),
+    "a billion layers": (configure(n_layer=10**9), "n_layer"),
+    "more layers than tensors": (configure(n_layer=900), "900 layers"),
     "half a head": (configure(n_head=1.5), "n_head is 1.5"),
     "heads that do not fit": (configure(n_head=7), "n_head"),
     "a width beyond all numbers": (configure(n_embd=10**30), "n_embd"),
@@ -240,6 +247,19 @@ def test_a_model_with_a_fault_is_refused_in_one_line(tmp_path, fault):
     assert clue in one_line_error(
         ROOT / "bpe_gpt.py", "--init", str(tmp_path), "--eval_only", cwd=tmp_path
     )
+
+
+def test_a_vocabulary_whose_numbers_are_not_in_the_order_of_its_merges_is_refused(
+    tmp_path, tokenizer
+):
+    """tiktoken merges in the order of the numbers: it would give other tokens than meant."""
+    bpe_gpt.write_vocabulary(tokenizer, tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    a, b = [word for word, i in vocab.items() if i in (260, 261)]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    with pytest.raises(ValueError, match="vocab.json"):
+        bpe_gpt.read_vocabulary(tmp_path)
 
 
 def test_a_pytorch_model_cannot_run_code(tmp_path):
