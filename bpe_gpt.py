@@ -733,7 +733,6 @@ def duration(seconds):
 # second name for the tied table.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
-
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}  # of masks
 
@@ -928,23 +927,12 @@ def export(model, tokenizer, folder):
             file.write(tensor.contiguous().numpy())
     os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
     c = model.config
-    config = dict(
-        architectures=["GPT2LMHeadModel"],
-        model_type="gpt2",
-        vocab_size=c.vocab_size,
-        n_positions=c.block_size,
-        n_layer=c.n_layer,
-        n_head=c.n_head,
-        n_embd=c.n_embd,
-        activation_function="gelu_new",
-        layer_norm_epsilon=1e-5,
-        embd_pdrop=c.dropout,
-        resid_pdrop=c.dropout,
-        attn_pdrop=0.0,
-        bos_token_id=tokenizer.eot_token,
-        eos_token_id=tokenizer.eot_token,
-        tie_word_embeddings=c.tied,
-    )
+    config = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", tie_word_embeddings=c.tied)
+    config |= dict(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd)
+    config |= dict(n_layer=c.n_layer, n_head=c.n_head, activation_function="gelu_new")
+    config |= dict(embd_pdrop=c.dropout, resid_pdrop=c.dropout, attn_pdrop=0.0)
+    config |= dict(layer_norm_epsilon=1e-5, bos_token_id=tokenizer.eot_token)
+    config["eos_token_id"] = tokenizer.eot_token
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_vocabulary(tokenizer, folder)
 
@@ -1004,7 +992,6 @@ def token_bytes(tokenizer):
 # Files
 
 # Those who read for the idea can skip to main(). What lies between keeps files safe, reads flags.
-
 
 DATA = Path(__file__).resolve().parent / "data"
 SHAKESPEARE = DATA / "tinyshakespeare.txt"  # 1 MB of the plays, put together by Andrej Karpathy
@@ -1072,12 +1059,10 @@ def stated_sha256(url):
     try:
         request = urllib.request.Request(url, method="HEAD")
         headers = urllib.request.build_opener(Stay).open(request, timeout=10).headers
-    except urllib.error.HTTPError as error:  # being sent on counts as one, if one stays
-        headers = error.headers
-    except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"cannot fetch {url} ({getattr(error, 'reason', error)})") from None
+    except (OSError, http.client.HTTPException) as error:  # to be sent on counts as one, here
+        headers = getattr(error, "headers", None) or {}
     if not (stated := headers.get("X-Linked-ETag")):
-        raise OSError(f"cannot fetch {url} (the server does not state its SHA-256)")
+        raise OSError(f"cannot fetch {url} (no answer that states its SHA-256)")
     return stated.strip('"')
 
 
@@ -1397,7 +1382,7 @@ def join_processes(device):
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
             raise ValueError(f"--nproc_per_node must be {torch.cuda.device_count()}, one a GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # They meet in a place of its own for each restart: in the old one, those that ended still stand.
+    # They meet in a place of its own for each restart: in the old one are the addresses of the dead.
     store, rank, n_processes = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "nccl" if device.type == "cuda" else "gloo"
