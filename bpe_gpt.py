@@ -1382,7 +1382,7 @@ def join_processes(device):
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
             raise ValueError(f"--nproc_per_node must be {torch.cuda.device_count()}, one a GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # They meet in a place of its own for each restart: in the old one are the addresses of the dead.
+    # A place to meet of its own for each restart: in the old one are the addresses of the dead.
     store, rank, n_processes = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "nccl" if device.type == "cuda" else "gloo"

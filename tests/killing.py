@@ -66,9 +66,11 @@ def main(name, n_kills, out, *flags):
                 time.sleep(rng.uniform(0, 0.8 * seconds))
                 os.kill(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]
-            kills += status == signal.SIGKILL
-            done = status == 0
             assert status in (0, signal.SIGKILL), status
+            kills += status == signal.SIGKILL
+            if out.exists():  # a run can be killed after its last save, too
+                checkpoint = torch.load(out, weights_only=True)
+                done = checkpoint["last"]["step"] == checkpoint["config"]["max_iters"]
         ends += 1
         a, b = [torch.load(path, weights_only=True) for path in (whole, out)]
         for part in ("config", "data", "vocab", "history", "model", "last"):

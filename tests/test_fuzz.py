@@ -40,7 +40,7 @@ ODD = [
 
 
 def mutate_bytes(data, rng):
-    """One to three times: a bit changed, a piece left out, repeated or put in, or the end missing."""
+    """One to three times: a bit changed, a piece left out, repeated or put in, the end missing."""
     data = bytearray(data)
     for _ in range(rng.randint(1, 3)):
         i = rng.randrange(min(len(data), rng.choice([100, 2000, len(data)])) or 1)
