@@ -436,6 +436,10 @@ def fail(message):
     sys.exit(2)
 
 
+# More than this could only end in a memory that is full; of others, 2**31 is too much.
+LIMITS = {"n_layer": 1000, "batch_size": 1_000_000, "total_batch_size": 100_000_000}
+
+
 def check_numbers(config, may_be_zero):
     """Raise ValueError for a setting that is not of its type, or a number that is not above zero
     (or at zero, where it may be)."""
@@ -445,8 +449,9 @@ def check_numbers(config, may_be_zero):
             raise ValueError(f"--{name} must be of type {field.type.__name__}; it is {value!r}")
         if field.type in (int, float):
             least = "0 or more" if name in may_be_zero else "above 0"
-            if not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
-                raise ValueError(f"--{name} must be {least} and below 2**31; it is {value}")
+            most = LIMITS.get(name, 2**31 - 1)
+            if not (0 < value <= most or (value == 0 and name in may_be_zero)):
+                raise ValueError(f"--{name} must be {least}, and {most} at most; it is {value}")
 
 
 def parse_flags(Config):

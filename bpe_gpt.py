@@ -98,7 +98,6 @@ class GPTConfig:
         check_numbers(self, may_be_zero=zero)
         for name, good, rule in (
             ("dropout", self.dropout < 1, "below 1"),
-            ("n_layer", self.n_layer <= 1000, "1000 at most"),
             ("n_head", self.n_embd % self.n_head == 0, f"a divisor of --n_embd, {self.n_embd}"),
             ("stride", self.stride <= self.block_size, f"--block_size, {self.block_size}, at most"),
             ("tokenizer", self.tokenizer in ("gpt2", "learned"), "gpt2 or learned"),
@@ -1286,6 +1285,10 @@ def fail(message):
     sys.exit(2)
 
 
+# More than this could only end in a memory that is full; of others, 2**31 is too much.
+LIMITS = {"n_layer": 1000, "batch_size": 1_000_000, "total_batch_size": 100_000_000}
+
+
 def check_numbers(config, may_be_zero):
     """Raise ValueError for a setting that is not of its type, or a number that is not above zero
     (or at zero, where it may be)."""
@@ -1295,8 +1298,9 @@ def check_numbers(config, may_be_zero):
             raise ValueError(f"--{name} must be of type {field.type.__name__}; it is {value!r}")
         if field.type in (int, float):
             least = "0 or more" if name in may_be_zero else "above 0"
-            if not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
-                raise ValueError(f"--{name} must be {least} and below 2**31; it is {value}")
+            most = LIMITS.get(name, 2**31 - 1)
+            if not (0 < value <= most or (value == 0 and name in may_be_zero)):
+                raise ValueError(f"--{name} must be {least}, and {most} at most; it is {value}")
 
 
 def parse_flags(Config):
