@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+# The models are tiny: a second thread would only be waited for. (Before torch is imported.)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

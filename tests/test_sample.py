@@ -146,6 +146,7 @@ def test_a_sample_ends_where_the_model_ends_its_text(monkeypatch, capsys, clone)
         raise AssertionError("all samples have ended: there is nothing left to do")
 
     monkeypatch.setattr(sample.bpe_gpt, "generate", columns)
+    monkeypatch.setattr("sys.argv", ["sample.py", str(clone / "out" / "bpe_gpt.pt")])
     sample.main()
 
 
