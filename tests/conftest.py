@@ -1,6 +1,8 @@
 """What the tests share: the scripts on the path, and a way to run them as a user does."""
 
+import functools
 import io
+import json
 import os
 import runpy
 import shutil
@@ -48,12 +50,28 @@ needs_gpt2_tokenizer = pytest.mark.skipif(
 )
 
 
-def run(*command, cwd, status=0):
-    """Run `python COMMAND...` in the folder cwd. Returns (standard output, standard error)."""
-    command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=120)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout, done.stderr
+@functools.cache
+def runner():
+    """The process that runs scripts for run(), where there is fork()."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "runner.py"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
+
+
+def run(*command, cwd, status=0, fresh=not hasattr(os, "fork")):
+    """Run `python COMMAND...` in the folder cwd; fresh: in a Python of its own. Returns (standard
+    output, standard error)."""
+    command = [str(word) for word in command]
+    if fresh:
+        command = [sys.executable, *command]
+        done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=120)
+        code, out, error = done.returncode, done.stdout, done.stderr
+    else:
+        print(json.dumps([command, str(cwd), dict(os.environ)]), file=runner().stdin, flush=True)
+        code, out, error = json.loads(runner().stdout.readline())
+    assert code == status, out + error
+    return out, error
 
 
 def one_line_error(script, *flags, cwd):
@@ -92,7 +110,7 @@ def clone(tmp_path_factory):
     small += "--warmup_iters 5 --learning_rate 0.01"
     bpe = small + " --init scratch --learned_vocab_size 300 --total_batch_size 512 --batch_size 8"
     for script, flags in (("bigram", "--max_iters 100"), ("char_gpt", small), ("bpe_gpt", bpe)):
-        output, error = run(f"{script}.py", "--offline", *flags.split(), cwd=folder)
+        output, error = run(f"{script}.py", "--offline", *flags.split(), cwd=folder, fresh=True)
         assert error == ""
         (folder / "logs" / f"{script}.txt").write_text(output, encoding="utf-8")
         os.utime(folder / "out" / f"{script}.pt")

@@ -697,7 +697,8 @@ def test_files_become_a_folder_of_tokens(tmp_path):
     texts = [PLAY.read_text(encoding="utf-8")[:n] for n in (9000, 1000)]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
-    out, _ = run(ROOT / "data" / "tokenize.py", "0.txt", "1.txt", "--out", "tokens", cwd=tmp_path)
+    command = (ROOT / "data" / "tokenize.py", "0.txt", "1.txt", "--out", "tokens")
+    out, _ = run(*command, cwd=tmp_path, fresh=True)
     train, val = [np.fromfile(tmp_path / "tokens" / n, "<u2") for n in ("train.bin", "val.bin")]
     end = tokenizer.eot_token
     expected = [*tokenizer.encode(texts[0]), end, *tokenizer.encode(texts[1]), end]

@@ -96,7 +96,7 @@ def test_training_scripts_import_nothing_from_each_other():
 def test_importing_a_script_runs_nothing(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
     code += "import bigram, char_gpt, bpe_gpt, sample"
-    assert run("-c", code, cwd=tmp_path) == ("", "")
+    assert run("-c", code, cwd=tmp_path, fresh=True) == ("", "")
     assert list(tmp_path.iterdir()) == []
 
 
