@@ -1498,6 +1498,7 @@ if __name__ == "__main__":
     try:
         main()
         if dist.is_initialized():
+            dist.barrier()  # nobody hangs up while another is still talking
             dist.destroy_process_group()
     except KeyboardInterrupt:
         fail("interrupted")

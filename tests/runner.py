@@ -1,6 +1,6 @@
-"""Runs `python SCRIPT FLAGS...` as often as it is asked to, without the seconds of `import torch` each
-time: it imports torch once, and each script runs in a fork. Requests and answers are lines of JSON.
-Started by conftest.py."""
+"""Runs `python SCRIPT FLAGS...` as often as it is asked to, without the seconds of `import torch`
+each time: it imports torch once, and each script runs in a fork. Requests and answers are lines of
+JSON. Started by conftest.py."""
 
 import json
 import os
