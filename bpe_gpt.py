@@ -1379,6 +1379,20 @@ def start(given, device):
     return config, None, None
 
 
+def print_plan(model, dtype, config):
+    """What is trained, and how long. Raises ValueError where a process would have nothing to do."""
+    n_params = sum(p.numel() for p in model.parameters())
+    n_rows = max(config.total_batch_size // config.block_size, 1)
+    if n_rows < processes()[1]:
+        raise ValueError(f"--total_batch_size has {n_rows} sequences, less than one a process")
+    device = model.transformer.wte.weight.device
+    print(
+        f"model: GPT, {config.n_layer} layers of {config.n_head} heads, {config.n_embd} wide, "
+        f"{n_params:,} parameters, on {device} in {str(dtype).removeprefix('torch.')}\n"
+        f"plan: {config.max_iters:,} steps of {n_rows * config.block_size:,} tokens"
+    )
+
+
 def join_processes(device):
     """Where torchrun has started this process as one of several, gets them to know each other. The
     first alone prints."""
@@ -1416,7 +1430,7 @@ def main():
         tokenizer = unpack_vocab(checkpoint["vocab"])
     device = pick_device(config.device if checkpoint else given.get("device", "auto"))
     fetches = os.environ.get("LOCAL_RANK", "0") == "0"  # of all processes on this machine
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ and not given.get("export"):
         join_processes(device)
         if not fetches:
             dist.barrier()  # wait until the files are there
@@ -1457,15 +1471,7 @@ def main():
     if not checkpoint["history"]:
         checkpoint["model"] = model.state_dict()  # the weights as they are, until there is a best
 
-    n_params = sum(p.numel() for p in model.parameters())
-    n_rows = max(config.total_batch_size // config.block_size, 1)
-    if n_rows < processes()[1]:
-        raise ValueError(f"--total_batch_size has {n_rows} sequences, less than one a process")
-    print(
-        f"model: GPT, {config.n_layer} layers of {config.n_head} heads, {config.n_embd} wide, "
-        f"{n_params:,} parameters, on {device} in {str(dtype).removeprefix('torch.')}\n"
-        f"plan: {config.max_iters:,} steps of {n_rows * config.block_size:,} tokens"
-    )
+    print_plan(model, dtype, config)
     if checkpoint["last"]:
         print(f"going on after step {checkpoint['last']['step']:,}")
     else:
