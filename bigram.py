@@ -33,11 +33,6 @@ import urllib.request
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-
 # ---------------------------------------------------------------------------------------------
 # Configuration
 
@@ -58,9 +53,75 @@ class BigramConfig:
     eval_interval: int = 100  # training steps between evaluations
     learning_rate: float = 0.3  # how far the first step goes; later ones shrink towards zero
 
-    def __post_init__(self):
-        check_numbers(self, may_be_zero={"seed"})
+    may_be_zero = {"seed"}
 
+    def __post_init__(self):
+        check_numbers(type(self), vars(self))
+
+
+# How a setting becomes a flag: those who read for the idea can skip to the next heading.
+
+CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""  # erases a terminal's current line
+
+
+def fail(message):
+    """A mistake that the user can mend ends in one line on standard error, and exit status 2."""
+    print(CLEAR_LINE, end="", flush=True)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# More than this could only end in a memory that is full; of others, 2**31 is too much.
+LIMITS = {"n_layer": 1000, "batch_size": 1_000_000, "total_batch_size": 100_000_000}
+
+
+def check_numbers(Config, settings):
+    """Raise ValueError for a setting that is not of its type, or a number that is not above zero
+    (or at zero, where it may be)."""
+    for field in fields(Config):
+        value = settings.get(field.name, field.default)
+        if type(value) is not field.type and not (field.type is float and type(value) is int):
+            raise ValueError(f"--{field.name} must be of type {field.type.__name__}: {value!r}")
+        if field.type in (int, float):
+            zero = field.name in Config.may_be_zero
+            most = LIMITS.get(field.name, 2**31 - 1)
+            if not (0 < value <= most or (value == 0 and zero)):
+                rule = f"{'0 or more' if zero else 'above 0'}, and {most} at most"
+                raise ValueError(f"--{field.name} must be {rule}; it is {value}")
+
+
+def parse_flags(Config):
+    """A flag for each field of Config, explained by the comment beside the field. Returns a dict of
+    those that were given; a mistake in them ends the program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.error = fail
+    comments = dict(re.findall(r"^    (\w+): .* # (.*)", inspect.getsource(Config), re.MULTILINE))
+    for field in fields(Config):
+        if field.name == "vocab_size":
+            continue
+        text = f"{comments[field.name]} [{field.default}]"
+        if field.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": field.type, "metavar": field.type.__name__}
+        parser.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **how)
+    given = vars(parser.parse_args())
+    try:
+        check_numbers(Config, given)
+    except ValueError as error:
+        fail(error)
+    return given
+
+
+if __name__ == "__main__":
+    parse_flags(BigramConfig)  # a mistake is told at once: the imports below take seconds
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------
 # Text, tokens, batches
@@ -288,9 +349,6 @@ def print_progress(step, steps_here, n_tokens, loss, started, config):
     )
 
 
-CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""  # erases a terminal's current line
-
-
 def print_live(text):
     """One line, written over and over on a terminal, and left out where output goes to a file."""
     if sys.stdout.isatty():
@@ -427,51 +485,6 @@ def save_checkpoint(path, checkpoint):
 
 # ---------------------------------------------------------------------------------------------
 # Command line
-
-
-def fail(message):
-    """A mistake that the user can mend ends in one line on standard error, and exit status 2."""
-    print(CLEAR_LINE, end="", flush=True)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-# More than this could only end in a memory that is full; of others, 2**31 is too much.
-LIMITS = {"n_layer": 1000, "batch_size": 1_000_000, "total_batch_size": 100_000_000}
-
-
-def check_numbers(config, may_be_zero):
-    """Raise ValueError for a setting that is not of its type, or a number that is not above zero
-    (or at zero, where it may be)."""
-    for field in fields(config):
-        name, value = field.name, getattr(config, field.name)
-        if type(value) is not field.type and not (field.type is float and type(value) is int):
-            raise ValueError(f"--{name} must be of type {field.type.__name__}; it is {value!r}")
-        if field.type in (int, float):
-            least = "0 or more" if name in may_be_zero else "above 0"
-            most = LIMITS.get(name, 2**31 - 1)
-            if not (0 < value <= most or (value == 0 and name in may_be_zero)):
-                raise ValueError(f"--{name} must be {least}, and {most} at most; it is {value}")
-
-
-def parse_flags(Config):
-    """A flag for each field of Config, explained by the comment beside the field. Returns a dict of
-    those that were given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
-    parser.error = fail
-    comments = dict(re.findall(r"^    (\w+): .* # (.*)", inspect.getsource(Config), re.MULTILINE))
-    for field in fields(Config):
-        if field.name == "vocab_size":
-            continue
-        text = f"{comments[field.name]} [{field.default}]"
-        if field.type is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        else:
-            how = {"type": field.type, "metavar": field.type.__name__}
-        parser.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **how)
-    return vars(parser.parse_args())
 
 
 def main():

@@ -9,6 +9,7 @@ from 124 million to 1.5 billion, and training in small parts, to go on with thes
     python bpe_gpt.py --init scratch            # train from scratch anyway
     python bpe_gpt.py --init gpt2-medium --data my_text.txt
     python bpe_gpt.py --init gpt2 --eval_only --stride 512
+    python bpe_gpt.py --init gpt2 --instructions data/instructions.json    # teach it to answer
     python bpe_gpt.py --help                    # every setting
 
 GPT-2 comes as a file of 548 MB, fetched once. What to expect stands in README.md.
@@ -26,6 +27,7 @@ import functools
 import hashlib
 import http.client
 import inspect
+import itertools
 import json
 import math
 import mmap
@@ -43,13 +45,6 @@ import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-
-import numpy as np
-import tiktoken
-import torch
-import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -71,6 +66,7 @@ class GPTConfig:
     tokenizer: str = "gpt2"  # from scratch: gpt2, or learned, which is made from the text itself
     learned_vocab_size: int = 1024  # tokens in a vocabulary that is learned
     data: str = ""  # text (UTF-8), or folder with train.bin and val.bin; if none, Tiny Shakespeare
+    instructions: str = ""  # file of tasks with their answers (JSON), to learn to answer from
     stride: int = 0  # tokens from one sequence to the next; 0: random places, or all end to end
     offline: bool = False  # never fetch anything from the network
     out: str = "out/bpe_gpt.pt"  # where to save the trained model, for sample.py to use
@@ -86,6 +82,7 @@ class GPTConfig:
     block_size: int = 1024  # tokens in a sequence: how far back the model can look
     total_batch_size: int = 16384  # tokens in a training step
     max_iters: int = 400  # training steps
+    minutes: float = 0.0  # train for about so long, in as many steps as fit in; 0: by max_iters
     eval_interval: int = 50  # training steps between evaluations
     learning_rate: float = 0.001  # of AdamW, which trains embeddings, gains and biases
     muon_learning_rate: float = 0.02  # of Muon, which trains the matrices of the blocks; 0: AdamW
@@ -93,13 +90,16 @@ class GPTConfig:
     weight_decay: float = 0.1  # pull of the matrices towards zero, per unit of learning rate
     grad_clip: float = 1.0  # a gradient (of all weights together) longer than this is shortened
 
+    may_be_zero = {"dropout", "stride", "seed", "warmup_iters", "weight_decay"}
+    may_be_zero |= {"minutes", "muon_learning_rate"}
+
     def __post_init__(self):
-        zero = {"dropout", "stride", "seed", "muon_learning_rate", "warmup_iters", "weight_decay"}
-        check_numbers(self, may_be_zero=zero)
+        check_numbers(type(self), vars(self))
         for name, good, rule in (
             ("dropout", self.dropout < 1, "below 1"),
             ("n_head", self.n_embd % self.n_head == 0, f"a divisor of --n_embd, {self.n_embd}"),
             ("stride", self.stride <= self.block_size, f"--block_size, {self.block_size}, at most"),
+            ("instructions", not (self.data and self.instructions), "alone, without --data"),
             ("tokenizer", self.tokenizer in ("gpt2", "learned"), "gpt2 or learned"),
             ("learned_vocab_size", self.learned_vocab_size > 256, "above 256, the single bytes"),
         ):
@@ -124,6 +124,10 @@ FINE_TUNING_SETTINGS = dict(
     muon_learning_rate=0,
     warmup_iters=5,
 )
+# The same with --instructions: 8 records at a time, three times over those in data/.
+INSTRUCTION_SETTINGS = dict(
+    FINE_TUNING_SETTINGS, batch_size=8, total_batch_size=8192, max_iters=100, eval_interval=50
+)
 # What a CPU trains from scratch unless told otherwise: the same model, smaller, done in minutes.
 CPU_SETTINGS = dict(
     n_layer=4,
@@ -138,7 +142,77 @@ CPU_SETTINGS = dict(
     learning_rate=0.002,
     muon_learning_rate=0.025,
 )
+# The same with --instructions: longer sequences, as a record is not cut into pieces.
+CPU_INSTRUCTION_SETTINGS = dict(
+    CPU_SETTINGS, block_size=256, batch_size=16, total_batch_size=4096, max_iters=600
+)
 
+
+# How a setting becomes a flag: those who read for the idea can skip to the next heading.
+
+CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""  # erases a terminal's current line
+
+
+def fail(message):
+    """A mistake that the user can mend ends in one line on standard error, and exit status 2."""
+    print(CLEAR_LINE, end="", flush=True)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# More than this could only end in a memory that is full; of others, 2**31 is too much.
+LIMITS = {"n_layer": 1000, "batch_size": 1_000_000, "total_batch_size": 100_000_000}
+
+
+def check_numbers(Config, settings):
+    """Raise ValueError for a setting that is not of its type, or a number that is not above zero
+    (or at zero, where it may be)."""
+    for field in fields(Config):
+        value = settings.get(field.name, field.default)
+        if type(value) is not field.type and not (field.type is float and type(value) is int):
+            raise ValueError(f"--{field.name} must be of type {field.type.__name__}: {value!r}")
+        if field.type in (int, float):
+            zero = field.name in Config.may_be_zero
+            most = LIMITS.get(field.name, 2**31 - 1)
+            if not (0 < value <= most or (value == 0 and zero)):
+                rule = f"{'0 or more' if zero else 'above 0'}, and {most} at most"
+                raise ValueError(f"--{field.name} must be {rule}; it is {value}")
+
+
+def parse_flags(Config):
+    """A flag for each field of Config, explained by the comment beside the field. Returns a dict of
+    those that were given; a mistake in them ends the program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.error = fail
+    comments = dict(re.findall(r"^    (\w+): .* # (.*)", inspect.getsource(Config), re.MULTILINE))
+    for field in fields(Config):
+        if field.name == "vocab_size":
+            continue
+        text = f"{comments[field.name]} [{field.default}]"
+        if field.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": field.type, "metavar": field.type.__name__}
+        parser.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **how)
+    given = vars(parser.parse_args())
+    try:
+        check_numbers(Config, given)
+    except ValueError as error:
+        fail(error)
+    return given
+
+
+if __name__ == "__main__":
+    parse_flags(GPTConfig)  # a mistake is told at once: the imports below take seconds
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------
 # Text, tokens, batches
@@ -232,17 +306,22 @@ def get_batch(data, config, step):
     Here B is the number of sequences in the whole step, total_batch_size / block_size.
 
     The rows start at random places; or, with a stride, at all its multiples, which are shuffled
-    anew for each epoch and seen once in it. Both depend on (seed, step) alone.
+    anew for each epoch and seen once in it. So are the records of instructions (see below), if the
+    data is a list of these. All depends on (seed, step) alone.
     """
     T = config.block_size
     B = max(config.total_batch_size // T, 1)
-    if config.stride == 0:
+    is_records = isinstance(data, list)
+    if config.stride == 0 and not is_records:
         rng = np.random.default_rng((config.seed, step))
         starts = rng.integers(len(data) - T, size=B)
     else:
-        n = (len(data) - 1 - T) // config.stride + 1  # sequences in an epoch
+        n = len(data) if is_records else (len(data) - 1 - T) // config.stride + 1  # in an epoch
         epochs, places = np.divmod(np.arange(step * B, (step + 1) * B), n)
-        starts = [shuffled(n, config.seed, e)[p] * config.stride for e, p in zip(epochs, places)]
+        chosen = [shuffled(n, config.seed, epoch)[p] for epoch, p in zip(epochs, places)]
+        if is_records:
+            return pad([data[i] for i in chosen])
+        starts = np.multiply(chosen, config.stride)
     tokens = data[np.reshape(starts, (B, 1)) + np.arange(T + 1)]  # (B, T + 1)
     tokens = torch.from_numpy(tokens.astype(np.int64))
     return tokens[:, :-1], tokens[:, 1:]
@@ -251,6 +330,84 @@ def get_batch(data, config, step):
 @functools.lru_cache(maxsize=2)  # it is the same for a whole epoch
 def shuffled(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+# ---------------------------------------------------------------------------------------------
+# Instructions
+
+# GPT-2 goes on with a text; it was never asked to answer. With --instructions it learns to: from
+# records of an instruction, often an input, and the right output, set in a fixed layout (that of
+# Stanford Alpaca, Taori et al. 2023), which tells the model that here an answer is due.
+LAYOUT = """Below is an instruction that describes a task. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+{instruction}
+
+### Response:
+"""
+LAYOUT_WITH_INPUT = """Below is an instruction that describes a task, \
+paired with an input that provides further context. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+{instruction}
+
+### Input:
+{input}
+
+### Response:
+"""
+
+
+def lay_out(record, layouts=(LAYOUT, LAYOUT_WITH_INPUT)):
+    """The text that asks for the record's output."""
+    layout = layouts[1] if record.get("input") else layouts[0]
+    return re.sub(r"{(instruction|input)}", lambda match: record[match[1]], layout)
+
+
+def encode_record(tokenizer, record):
+    """A record as inputs x and targets y, one token later, two arrays (T,). The model is to learn
+    the answer, not the questions: of the targets only the output and its end count. In the place of
+    the others y has -100, the number that cross_entropy() leaves out."""
+    prompt = tokenizer.encode_ordinary(lay_out(record))
+    ids = prompt + tokenizer.encode_ordinary(record["output"]) + [tokenizer.eot_token]
+    x, y = np.array(ids[:-1]), np.array(ids[1:])
+    y[: len(prompt) - 1] = -100
+    return x, y
+
+
+def pad(records):
+    """Records, as encode_record() makes them, as one batch x and y (B, T), with T that of the
+    longest. What fills up the others comes after their end, where no token sees it, and it does not
+    count in the loss: it may be any token."""
+    shape = len(records), max(len(x) for x, _ in records)
+    xs, ys = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
+    for row, (x, y) in enumerate(records):
+        xs[row, : len(x)], ys[row, : len(y)] = torch.from_numpy(x), torch.from_numpy(y)
+    return xs, ys
+
+
+def read_records(path):
+    """The records in a file: a list in JSON, or one record in each line. Raises ValueError, which
+    names the record (the first is 0) and the field, for one that is not as it should be."""
+    text = read_text(Path(path))
+    try:
+        if text.lstrip().startswith("["):
+            records = json.loads(text)
+        else:
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is neither JSON nor lines of JSON ({error})") from None
+    for i, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: record {i} is not an object with an instruction and output")
+        for name in ("instruction", "input", "output"):
+            value = record.get(name, "" if name == "input" else None)
+            if not isinstance(value, str) or (name != "input" and not value.strip()):
+                what = "is missing" if value is None else f"is not a text, or empty: {value!r:.50}"
+                raise ValueError(f"{path}: record {i}: its {name} {what}")
+    return records
 
 
 # ---------------------------------------------------------------------------------------------
@@ -305,9 +462,10 @@ class CausalSelfAttention(nn.Module):
         if kv is not None:  # the cache's room for S tokens, (2, B, n_head, S, head_size)
             kv[0, ..., -T:, :], kv[1, ..., -T:, :] = k, v  # the last T of them are new
             k, v = kv[0], kv[1]  # (B, n_head, S, head_size)
-        # PyTorch's own code for attention() is faster, but on a CPU for long texts only.
-        if T == k.shape[2] and (T > 512 or x.device.type != "cpu"):
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        # PyTorch's own code for attention() is faster, but on a CPU for long texts only, or for one
+        # token (which needs no mask, as all others were before it).
+        if T == 1 or (T == k.shape[2] and (T > 512 or x.device.type != "cpu")):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         else:
             y = attention(q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)  # the results of the heads, end to end
@@ -445,31 +603,42 @@ def generate(model, idx, max_new_tokens, choose=draw):
 
 @torch.no_grad()
 def evaluate(model, data, config, stride=0):
-    """The mean loss over all of data, an array of token numbers, each guessed once (but the first).
-
-    The model looks through windows of block_size tokens, which start every `stride` tokens (if 0,
-    end to end). Where windows overlap, a token counts in the first only, and in the others helps to
-    guess those after it: a smaller stride gives each token more to go by, and takes longer.
-    Several processes (see below) share the windows out among them.
-    """
+    """The mean loss over all of data: records of instructions, or an array of token numbers, each
+    guessed once (but the first). Several processes (see below) share the batches among them."""
     model.eval()
     device = model.transformer.wte.weight.device
+    rank, n_processes = processes()
+    total, count = 0.0, 0
+    for x, y in itertools.islice(windows(data, config, stride), rank, None, n_processes):
+        _, loss = model(x.to(device), y.to(device))  # the mean over those that count
+        n = (y != -100).sum().item()
+        total, count = total + loss.item() * n, count + n
+    total, count = sum_over_processes(total, count, device=device)
+    return total / count
+
+
+def windows(data, config, stride=0):
+    """All of data in batches of x and y (B, T). Through text one looks in windows of block_size
+    tokens, which start every `stride` tokens (if 0, end to end). Where windows overlap, a token
+    counts in the first only (its target elsewhere is -100, the sign for: does not count), and in
+    the others helps to guess those after it: a smaller stride gives each token more to go by, and
+    takes longer."""
+    if isinstance(data, list):
+        for i in range(0, len(data), config.batch_size):
+            yield pad(data[i : i + config.batch_size])
+        return
     T = min(config.block_size, len(data) - 1)
     last = len(data) - 1 - T  # the last window ends with the text
     starts = [*range(0, last, stride or T), last]
     ends = [0, *(start + T for start in starts)]  # ends[i]: how many count before window i
-    rank, n_processes = processes()
-    total = 0.0
-    for i in range(rank * config.batch_size, len(starts), n_processes * config.batch_size):
+    for i in range(0, len(starts), config.batch_size):
         batch = starts[i : i + config.batch_size]
         tokens = data[np.reshape(batch, (-1, 1)) + np.arange(T + 1)]  # (B, T + 1)
-        tokens = torch.from_numpy(tokens.astype(np.int64)).to(device)
+        tokens = torch.from_numpy(tokens.astype(np.int64))
         x, y = tokens[:, :-1], tokens[:, 1:].clone()  # a copy: what is crossed out in y is not in x
         for row, start in enumerate(batch):
-            y[row, : max(ends[i + row] - start, 0)] = -100  # the sign for: does not count (again)
-        _, loss = model(x, y)  # the mean over those that count
-        total += loss.item() * (y != -100).sum().item()
-    return sum_over_processes(total, device=device)[0] / (len(data) - 1)
+            y[row, : max(ends[i + row] - start, 0)] = -100
+        yield x, y
 
 
 def bits_per_byte(loss, data, tokenizer):
@@ -514,7 +683,9 @@ def make_optimizers(model, config):
         else:
             decay.append(p)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": others}]
-    adamw = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.95), weight_decay=0)
+    adamw = torch.optim.AdamW(
+        groups, config.learning_rate, betas=(0.9, 0.95), weight_decay=0, fused=True
+    )
     if not muon:
         return [adamw]
     return [torch.optim.Muon(muon, config.muon_learning_rate, config.weight_decay), adamw]
@@ -552,7 +723,9 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
     if n_processes > 1:
         forward = nn.parallel.DistributedDataParallel(forward)
     interrupts = catch_interrupts()
-    for step in range(first, config.max_iters):
+    done, started = first, time.perf_counter()
+    while done < config.max_iters:
+        step = done
         share = learning_rate_share(step, config)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -563,6 +736,7 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         model.train()  # dropout on; evaluate() and generate() turn it off
         parts = zip(*(rows[rank::n_processes].split(config.batch_size) for rows in (x, y)))
         step_loss, left = 0.0, len(x[rank::n_processes])
+        n_targets = (y != -100).sum()
         for x_part, y_part in parts:
             left -= len(x_part)
             # Gradients travel between processes once, with the last part.
@@ -570,10 +744,13 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
             with quiet:
                 with autocast:
                     logits, loss = forward(x_part.to(device), y_part.to(device))
-                loss = loss * (len(x_part) / len(x))  # its share in the mean over the step
+                # Its share in the mean over the step.
+                loss = loss * ((y_part != -100).sum() / n_targets).item()
                 (loss * n_processes).backward()  # adds to the gradients of the parts before
             step_loss += loss.item()
-        step_loss, n_interrupts = sum_over_processes(step_loss, len(interrupts), device=device)
+        step_loss, n_interrupts, elapsed = sum_over_processes(
+            step_loss, len(interrupts), (time.perf_counter() - started) / n_processes, device=device
+        )
         check_finite("loss", step_loss, step, config)
         # The gradient is shortened, so that one odd batch does no harm.
         length = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -588,9 +765,14 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
             started = time.perf_counter()  # the first step is slow, and does not count
         else:
             print_progress(done, step - first, y.numel(), step_loss, started, config)
-        if step == first + 10:
-            seconds = (time.perf_counter() - started) / 10 * (config.max_iters - first)
-            print(f"{CLEAR_LINE}at the speed of the first steps, this takes {duration(seconds)}")
+        if step == first + 10 or (config.minutes and elapsed > 6 * config.minutes):  # a tenth
+            seconds = elapsed / max(step - first, 1)  # per step
+            if config.minutes:
+                n_val_tokens = sum(y.numel() for _, y in windows(val_data, config))
+                set_steps(config, first, seconds, n_val_tokens, n_tokens=y.numel())
+                checkpoint["config"] = asdict(config)
+            seconds *= config.max_iters - first
+            print(f"{CLEAR_LINE}{config.max_iters:,} steps at this speed take {duration(seconds)}")
         evaluates = done % config.eval_interval == 0 or done == config.max_iters
         if evaluates:
             with autocast:
@@ -610,6 +792,17 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         if interrupted:
             break
     return done
+
+
+def set_steps(config, first, seconds, n_val_tokens, n_tokens):
+    """Set max_iters so that training, which began after step `first`, lasts config.minutes, now
+    that it is known how many seconds a step of n_tokens takes. The number of evaluations stays."""
+    n_evals = -(-config.max_iters // config.eval_interval)
+    # To evaluate a token takes a third of the time of training on it: there is no way back.
+    steps = config.minutes * 60 / seconds - n_evals * n_val_tokens / n_tokens / 3
+    config.max_iters = first + max(int(steps), 12)  # of which at most 11 are done
+    config.eval_interval = -(-config.max_iters // n_evals)
+    config.minutes = 0.0  # what is left is an ordinary run, which can be resumed
 
 
 def restore(last, model, optimizers):
@@ -681,22 +874,34 @@ def print_evaluation(history, model, tokenizer, val_data, config):
         f"{CLEAR_LINE}step {step}/{config.max_iters}: training loss {train_loss:.4f}, "
         f"validation loss {val_loss:.4f} ({other_units(val_loss, val_data, tokenizer)})"
     )
-    print_sample(model, tokenizer, config)
+    print_sample(model, tokenizer, val_data, config)
 
 
 def other_units(loss, data, tokenizer):
     """The loss as a perplexity: among how many tokens, all as likely, one would have to guess to do
     as badly. And in bits per byte."""
+    if isinstance(data, list):  # the bytes of the outputs, without the end of text
+        data = np.concatenate([y[y >= 0][:-1] for _, y in data])
     bits = bits_per_byte(loss, data, tokenizer)
     return f"perplexity {math.exp(loss):.2f}, {bits:.3f} bits per byte"
 
 
-def print_sample(model, tokenizer, config):
+def print_sample(model, tokenizer, val_data, config):
+    """What the model writes by now: after the end of a text, which stands at the start of another;
+    or in answer to the first records of val_data, the likeliest token each time."""
+    prompts, choose, n_tokens = [np.array([tokenizer.eot_token])], draw, 60
+    if isinstance(val_data, list):
+        prompts = [x[: (y == -100).sum() + 1] for x, y in val_data[:3]]
+        choose, n_tokens = lambda logits: logits.argmax(dim=-1, keepdim=True), 40
     torch.manual_seed(config.seed)
-    # What stands at the start of a text is the end of the text before it.
-    start = torch.full((1, 1), tokenizer.eot_token, device=model.transformer.wte.weight.device)
-    ids = [column.item() for column in generate(model, start, max_new_tokens=60)]
-    print(textwrap.indent(tokenizer.decode(ids).strip(), "    | ", lambda line: True))
+    for prompt in prompts:
+        idx = torch.tensor(prompt[None], device=model.transformer.wte.weight.device)
+        ids = [column.item() for column in generate(model, idx, n_tokens, choose)]
+        text = tokenizer.decode(ids)
+        if isinstance(val_data, list):
+            asked = tokenizer.decode(prompt.tolist()).split("### Instruction:\n")[-1]
+            text = asked.replace("\n\n", "\n") + text.split(END_OF_TEXT)[0] + "\n"
+        print(textwrap.indent(text.strip(), "    | ", lambda line: True))
 
 
 def print_progress(step, steps_here, n_tokens, loss, started, config):
@@ -706,9 +911,6 @@ def print_progress(step, steps_here, n_tokens, loss, started, config):
         f"step {step}/{config.max_iters}: loss {loss:.3f}, {n_tokens / seconds:,.0f} tokens/s, "
         f"{duration((config.max_iters - step) * seconds)} to go"
     )
-
-
-CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""  # erases a terminal's current line
 
 
 def print_live(text):
@@ -766,7 +968,8 @@ def load_pretrained(name_or_path, **settings):
     if config.n_layer > len(tensors):  # before any time is spent on so many
         raise ValueError(f"{path} has no {config.n_layer} layers, but {len(tensors)} tensors")
     try:
-        with torch.device("meta"):  # shapes, without memory: the tensors will be the weights
+        # Shapes, without memory: the tensors will be the weights.
+        with torch.device("meta"), NoRandomNumbers():
             model = GPT(replace(config, block_size=shape["block_size"]))
     except RuntimeError:
         raise ValueError(f"{path} is not of the sizes that its configuration has") from None
@@ -776,6 +979,15 @@ def load_pretrained(name_or_path, **settings):
         wpe = model.transformer.wpe
         wpe.weight = nn.Parameter(wpe.weight[: config.block_size].detach().clone())
     return model, tokenizer
+
+
+class NoRandomNumbers(torch.overrides.TorchFunctionMode):
+    """Where a model is made for weights that are there already, drawing others is left out. (Even
+    where nothing is drawn, it would take PyTorch a second to get ready for it.)"""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not nn.init.normal_:
+            return function(*args, **(kwargs or {}))
 
 
 def take_weights(model, tensors, path, transposed):
@@ -1124,6 +1336,36 @@ def load_data(config, tokenizer):
     return tokenizer, parts
 
 
+def load_records(config, tokenizer):
+    """The tokenizer, learned from the records to train on if it is None, and the records of the
+    file --instructions as encode_record() makes them, in three lists: 80% to train on, 10% to
+    validate on and 10% to test on, or all in one for --eval_only."""
+    records = read_records(config.instructions)
+    if len(records) < 10:
+        raise ValueError(f"{config.instructions} has {len(records)} records; it takes 10 at least")
+    order = np.random.default_rng(config.seed).permutation(len(records))
+    n = len(records) // 10
+    places = [order[2 * n :], order[:n], order[n : 2 * n]]
+    if tokenizer is None:
+        text = "".join(lay_out(records[i]) + records[i]["output"] for i in places[0])
+        tokenizer = train_bpe(text, config.learned_vocab_size)
+    parts, n_cut, n_left_out, T = [], 0, 0, config.block_size
+    for part in [order] if config.eval_only else places:
+        encoded = [encode_record(tokenizer, records[i]) for i in part]
+        n_cut += sum(len(x) > T for x, _ in encoded)
+        parts.append([(x[:T], y[:T]) for x, y in encoded if (y[:T] != -100).any()])
+        n_left_out += len(encoded) - len(parts[-1])
+    if not all(parts):
+        raise ValueError(f"--block_size {T} is too short for the records of {config.instructions}")
+    print(
+        f"data: {Path(config.instructions).name}, {' and '.join(str(len(p)) for p in parts)} "
+        f"records, in {tokenizer.n_vocab:,} different tokens"
+        + (f"; longer than --block_size, and cut: {n_cut}" if n_cut else "")
+        + (f", of which no answer was left in {n_left_out}" if n_left_out else "")
+    )
+    return tokenizer, parts
+
+
 def read_text(path):
     """The text of a file. Raises ValueError for one that cannot be read, or is not UTF-8."""
     try:
@@ -1278,51 +1520,6 @@ def save_checkpoint(path, checkpoint):
 # Command line
 
 
-def fail(message):
-    """A mistake that the user can mend ends in one line on standard error, and exit status 2."""
-    print(CLEAR_LINE, end="", flush=True)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-# More than this could only end in a memory that is full; of others, 2**31 is too much.
-LIMITS = {"n_layer": 1000, "batch_size": 1_000_000, "total_batch_size": 100_000_000}
-
-
-def check_numbers(config, may_be_zero):
-    """Raise ValueError for a setting that is not of its type, or a number that is not above zero
-    (or at zero, where it may be)."""
-    for field in fields(config):
-        name, value = field.name, getattr(config, field.name)
-        if type(value) is not field.type and not (field.type is float and type(value) is int):
-            raise ValueError(f"--{name} must be of type {field.type.__name__}; it is {value!r}")
-        if field.type in (int, float):
-            least = "0 or more" if name in may_be_zero else "above 0"
-            most = LIMITS.get(name, 2**31 - 1)
-            if not (0 < value <= most or (value == 0 and name in may_be_zero)):
-                raise ValueError(f"--{name} must be {least}, and {most} at most; it is {value}")
-
-
-def parse_flags(Config):
-    """A flag for each field of Config, explained by the comment beside the field. Returns a dict of
-    those that were given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
-    parser.error = fail
-    comments = dict(re.findall(r"^    (\w+): .* # (.*)", inspect.getsource(Config), re.MULTILINE))
-    for field in fields(Config):
-        if field.name == "vocab_size":
-            continue
-        text = f"{comments[field.name]} [{field.default}]"
-        if field.type is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        else:
-            how = {"type": field.type, "metavar": field.type.__name__}
-        parser.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **how)
-    return vars(parser.parse_args())
-
-
 def pick_device(name):
     """The device called name, or for "auto" the fastest kind that is there."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -1355,13 +1552,15 @@ def start(given, device):
     if needs_weights and init == "scratch":
         raise ValueError("--init scratch has learned nothing to export or evaluate: name a model")
     small = device.type == "cpu" and not given.get("full")
-    settings = CPU_SETTINGS if small else {}
+    answers = bool(given.get("instructions"))
+    tuning = INSTRUCTION_SETTINGS if answers else FINE_TUNING_SETTINGS
+    settings = (CPU_INSTRUCTION_SETTINGS if answers else CPU_SETTINGS) if small else {}
     if init not in ("", "scratch"):
-        settings = FINE_TUNING_SETTINGS
+        settings = tuning
     config = GPTConfig(**{**settings, **given})  # flags that make no sense are refused at once
     if init != "scratch":
         try:
-            model, tokenizer = load_pretrained(init or "gpt2", **{**FINE_TUNING_SETTINGS, **given})
+            model, tokenizer = load_pretrained(init or "gpt2", **{**tuning, **given})
             return model.config, model, fit_tokenizer(tokenizer, model)
         except OSError as error:
             if init:
@@ -1442,7 +1641,7 @@ def main():
         export(model, tokenizer, config.export)
         print(f"wrote {config.export}, which transformers' GPT2LMHeadModel.from_pretrained opens")
         return
-    tokenizer, data = load_data(config, tokenizer)
+    tokenizer, data = (load_records if config.instructions else load_data)(config, tokenizer)
     if dist.is_initialized() and fetches:
         dist.barrier()
     if config.eval_only:
@@ -1461,10 +1660,15 @@ def main():
         # Published matrices lie in memory the other way round, so that sums are rounded in another
         # order. In a resumed run they lie this way: only so can it end with the same bits.
         p.data = p.data.contiguous()
-    fingerprint = hashlib.sha256(b"".join(np.int32(part[: 1 << 20]).tobytes() for part in data))
+    fingerprint = hashlib.sha256()
+    for part in data:
+        ids = np.concatenate([x for x, _ in part]) if config.instructions else part[: 1 << 20]
+        fingerprint.update(np.int32(ids).tobytes())
     if checkpoint is None:
         checkpoint = dict(script="bpe_gpt", vocab=pack_vocab(tokenizer), history=[], last=None)
         checkpoint["data"] = fingerprint.hexdigest()
+        if config.instructions:
+            checkpoint["layouts"] = [LAYOUT, LAYOUT_WITH_INPUT]
     else:
         check_resumable(checkpoint, fingerprint.hexdigest(), config)
     checkpoint["config"] = asdict(config)
@@ -1484,14 +1688,21 @@ def main():
             f"({other_units(val_loss, data[1], tokenizer)}); "
             f"an even guess costs ln({config.vocab_size}) = {math.log(config.vocab_size):.4f}"
         )
-        if not learns_from_scratch:
-            print_sample(model, tokenizer, config)
+        if config.instructions or not learns_from_scratch:
+            print_sample(model, tokenizer, data[1], config)
 
-    done = train(model, tokenizer, *data, config, autocast, checkpoint)
+    done = train(model, tokenizer, data[0], data[1], config, autocast, checkpoint)
     if done < config.max_iters:
         print(f"{CLEAR_LINE}stopped after step {done:,}, and saved {config.out}")
         print(f"to go on: python bpe_gpt.py --resume --out {config.out}")
         return
+    if config.instructions:
+        model.load_state_dict(checkpoint["model"])
+        with autocast:
+            loss = evaluate(model, data[2], config)
+        print(
+            f"test loss {loss:.4f} ({other_units(loss, data[2], tokenizer)}), of the best weights"
+        )
     best_step, _, best = min(checkpoint["history"], key=lambda row: row[2])
     print(
         f"validation loss {checkpoint['history'][-1][2]:.4f} at the end, "

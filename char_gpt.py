@@ -36,11 +36,6 @@ import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-
 # ---------------------------------------------------------------------------------------------
 # Configuration
 
@@ -68,6 +63,7 @@ class GPTConfig:
     batch_size: int = 16  # sequences in a batch
     block_size: int = 256  # characters in a sequence: how far back the model can look
     max_iters: int = 2200  # training steps, one batch each
+    minutes: float = 0.0  # train for about so long, in as many steps as fit in; 0: by max_iters
     eval_interval: int = 200  # training steps between evaluations
     learning_rate: float = 0.002  # of AdamW, which trains embeddings, gains and biases
     muon_learning_rate: float = 0.025  # of Muon, which trains the matrices of the blocks
@@ -75,8 +71,10 @@ class GPTConfig:
     weight_decay: float = 0.1  # pull of the matrices towards zero, per unit of learning rate
     grad_clip: float = 1.0  # a gradient (of all weights together) longer than this is shortened
 
+    may_be_zero = {"dropout", "minutes", "seed", "warmup_iters", "weight_decay"}
+
     def __post_init__(self):
-        check_numbers(self, may_be_zero={"dropout", "seed", "warmup_iters", "weight_decay"})
+        check_numbers(type(self), vars(self))
         if self.dropout >= 1:
             raise ValueError(f"--dropout must be below 1; it is {self.dropout}")
         if self.n_embd % self.n_head:
@@ -95,6 +93,70 @@ CPU_SETTINGS = dict(
     eval_interval=300,
 )
 
+
+# How a setting becomes a flag: those who read for the idea can skip to the next heading.
+
+CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""  # erases a terminal's current line
+
+
+def fail(message):
+    """A mistake that the user can mend ends in one line on standard error, and exit status 2."""
+    print(CLEAR_LINE, end="", flush=True)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# More than this could only end in a memory that is full; of others, 2**31 is too much.
+LIMITS = {"n_layer": 1000, "batch_size": 1_000_000, "total_batch_size": 100_000_000}
+
+
+def check_numbers(Config, settings):
+    """Raise ValueError for a setting that is not of its type, or a number that is not above zero
+    (or at zero, where it may be)."""
+    for field in fields(Config):
+        value = settings.get(field.name, field.default)
+        if type(value) is not field.type and not (field.type is float and type(value) is int):
+            raise ValueError(f"--{field.name} must be of type {field.type.__name__}: {value!r}")
+        if field.type in (int, float):
+            zero = field.name in Config.may_be_zero
+            most = LIMITS.get(field.name, 2**31 - 1)
+            if not (0 < value <= most or (value == 0 and zero)):
+                rule = f"{'0 or more' if zero else 'above 0'}, and {most} at most"
+                raise ValueError(f"--{field.name} must be {rule}; it is {value}")
+
+
+def parse_flags(Config):
+    """A flag for each field of Config, explained by the comment beside the field. Returns a dict of
+    those that were given; a mistake in them ends the program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.error = fail
+    comments = dict(re.findall(r"^    (\w+): .* # (.*)", inspect.getsource(Config), re.MULTILINE))
+    for field in fields(Config):
+        if field.name == "vocab_size":
+            continue
+        text = f"{comments[field.name]} [{field.default}]"
+        if field.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": field.type, "metavar": field.type.__name__}
+        parser.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **how)
+    given = vars(parser.parse_args())
+    try:
+        check_numbers(Config, given)
+    except ValueError as error:
+        fail(error)
+    return given
+
+
+if __name__ == "__main__":
+    parse_flags(GPTConfig)  # a mistake is told at once: the imports below take seconds
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------
 # Text, tokens, batches
@@ -390,7 +452,9 @@ def make_optimizers(model, config):
         else:
             others.append(p)
     muon = torch.optim.Muon(matrices, config.muon_learning_rate, config.weight_decay)
-    adamw = torch.optim.AdamW(others, config.learning_rate, betas=(0.9, 0.95), weight_decay=0)
+    adamw = torch.optim.AdamW(
+        others, config.learning_rate, betas=(0.9, 0.95), weight_decay=0, fused=True
+    )
     return [muon, adamw]
 
 
@@ -419,7 +483,9 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         with autocast:
             forward = try_compile(model, *get_batch(train_data, config, first))
     interrupts = catch_interrupts()
-    for step in range(first, config.max_iters):
+    done = first
+    while done < config.max_iters:
+        step = done
         share = learning_rate_share(step, config)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -445,9 +511,14 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
             started = time.perf_counter()  # the first step is slow, and does not count
         else:
             print_progress(done, step - first, y.numel(), loss.item(), started, config)
-        if step == first + 10:
-            seconds = (time.perf_counter() - started) / 10 * (config.max_iters - first)
-            print(f"{CLEAR_LINE}at the speed of the first steps, this takes {duration(seconds)}")
+        elapsed = time.perf_counter() - started
+        if step == first + 10 or (config.minutes and elapsed > 6 * config.minutes):  # a tenth
+            seconds = elapsed / max(step - first, 1)  # per step
+            if config.minutes:
+                set_steps(config, first, seconds, n_val_tokens=len(val_data), n_tokens=y.numel())
+                checkpoint["config"] = asdict(config)
+            seconds *= config.max_iters - first
+            print(f"{CLEAR_LINE}{config.max_iters:,} steps at this speed take {duration(seconds)}")
         evaluates = done % config.eval_interval == 0 or done == config.max_iters
         if evaluates:
             with autocast:
@@ -467,6 +538,17 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         if interrupted:
             break
     return done
+
+
+def set_steps(config, first, seconds, n_val_tokens, n_tokens):
+    """Set max_iters so that training, which began after step `first`, lasts config.minutes, now
+    that it is known how many seconds a step of n_tokens takes. The number of evaluations stays."""
+    n_evals = -(-config.max_iters // config.eval_interval)
+    # To evaluate a token takes a third of the time of training on it: there is no way back.
+    steps = config.minutes * 60 / seconds - n_evals * n_val_tokens / n_tokens / 3
+    config.max_iters = first + max(int(steps), 12)  # of which at most 11 are done
+    config.eval_interval = -(-config.max_iters // n_evals)
+    config.minutes = 0.0  # what is left is an ordinary run, which can be resumed
 
 
 def restore(last, model, optimizers):
@@ -553,9 +635,6 @@ def print_progress(step, steps_here, n_tokens, loss, started, config):
         f"step {step}/{config.max_iters}: loss {loss:.3f}, {n_tokens / seconds:,.0f} tokens/s, "
         f"{duration((config.max_iters - step) * seconds)} to go"
     )
-
-
-CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""  # erases a terminal's current line
 
 
 def print_live(text):
@@ -737,51 +816,6 @@ def save_checkpoint(path, checkpoint):
 
 # ---------------------------------------------------------------------------------------------
 # Command line
-
-
-def fail(message):
-    """A mistake that the user can mend ends in one line on standard error, and exit status 2."""
-    print(CLEAR_LINE, end="", flush=True)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-# More than this could only end in a memory that is full; of others, 2**31 is too much.
-LIMITS = {"n_layer": 1000, "batch_size": 1_000_000, "total_batch_size": 100_000_000}
-
-
-def check_numbers(config, may_be_zero):
-    """Raise ValueError for a setting that is not of its type, or a number that is not above zero
-    (or at zero, where it may be)."""
-    for field in fields(config):
-        name, value = field.name, getattr(config, field.name)
-        if type(value) is not field.type and not (field.type is float and type(value) is int):
-            raise ValueError(f"--{name} must be of type {field.type.__name__}; it is {value!r}")
-        if field.type in (int, float):
-            least = "0 or more" if name in may_be_zero else "above 0"
-            most = LIMITS.get(name, 2**31 - 1)
-            if not (0 < value <= most or (value == 0 and name in may_be_zero)):
-                raise ValueError(f"--{name} must be {least}, and {most} at most; it is {value}")
-
-
-def parse_flags(Config):
-    """A flag for each field of Config, explained by the comment beside the field. Returns a dict of
-    those that were given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
-    parser.error = fail
-    comments = dict(re.findall(r"^    (\w+): .* # (.*)", inspect.getsource(Config), re.MULTILINE))
-    for field in fields(Config):
-        if field.name == "vocab_size":
-            continue
-        text = f"{comments[field.name]} [{field.default}]"
-        if field.type is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        else:
-            how = {"type": field.type, "metavar": field.type.__name__}
-        parser.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **how)
-    return vars(parser.parse_args())
 
 
 def pick_device(name):

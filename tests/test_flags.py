@@ -14,7 +14,15 @@ CONFIGS = {
     "char_gpt.py": char_gpt.GPTConfig,
     "bpe_gpt.py": bpe_gpt.GPTConfig,
 }
-MAY_BE_ZERO = {"dropout", "seed", "warmup_iters", "weight_decay", "stride", "muon_learning_rate"}
+MAY_BE_ZERO = {
+    "dropout",
+    "minutes",
+    "seed",
+    "warmup_iters",
+    "weight_decay",
+    "stride",
+    "muon_learning_rate",
+}
 
 
 def cases():

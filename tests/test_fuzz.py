@@ -122,6 +122,7 @@ def folder(tmp_path_factory):
     checkpoint.update(config=vars(config), data="digest", model=model.state_dict())
     config.muon_learning_rate = 0.01
     autocast = torch.autocast("cpu", enabled=False)
+    checkpoint["layouts"] = [bpe_gpt.LAYOUT, bpe_gpt.LAYOUT_WITH_INPUT]
     bpe_gpt.train(model, tokenizer, *data, config, autocast, checkpoint)
     return folder
 
@@ -178,8 +179,10 @@ def test_a_damaged_checkpoint_is_loaded_or_refused_by_sample(folder, tmp_path, n
         attempt(lambda: bpe_gpt.load_pretrained(tmp_path / "x.pt"), counts)
 
         def speak():
-            model, tokenizer, history = sample.load_model(str(tmp_path / "x.pt"))
-            sample.best_loss(history)
+            model, tokenizer, checkpoint = sample.load_model(str(tmp_path / "x.pt"))
+            sample.best_loss(checkpoint["history"])
+            if layouts := sample.read_layouts(checkpoint):
+                bpe_gpt.lay_out({"instruction": "a", "input": "b"}, layouts)
             idx = torch.tensor([tokenizer.encode("a")])
             next(bpe_gpt.generate(model, idx, 1))
 
@@ -237,3 +240,28 @@ def test_damaged_tokens_are_loaded_or_refused(folder, tmp_path, n):
 
         attempt(read, counts)
     assert counts["refused"] > n * 0.1, counts
+
+
+def test_damaged_instructions_are_loaded_or_refused(folder, tmp_path, n):
+    rng, counts = random.Random(0), {"loaded": 0, "refused": 0}
+    record = {"instruction": "Say the word.", "input": "sea", "output": "The word is sea."}
+    records = [{**record, "input": f"sea {i}"} for i in range(12)]
+    _, tokenizer = bpe_gpt.load_pretrained(folder / "model")
+    path = tmp_path / "x.json"
+    config = GPTConfig(**{**SMALL, "block_size": 200}, instructions=str(path))
+    for i in range(n):
+        if i % 2:
+            path.write_text(json.dumps(mutate_value(records, rng)), encoding="utf-8")
+        elif i % 4:
+            lines = "\n".join(map(json.dumps, records)).encode()
+            path.write_bytes(mutate_bytes(lines, rng))
+        else:
+            path.write_bytes(mutate_bytes(json.dumps(records).encode(), rng))
+
+        def read():
+            _, data = bpe_gpt.load_records(config, tokenizer)
+            x, y = bpe_gpt.get_batch(data[0], config, 0)
+            assert x.max() < 300 and (y != -100).any()
+
+        attempt(read, counts)
+    assert counts["refused"] > n * 0.3, counts

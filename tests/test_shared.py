@@ -84,7 +84,17 @@ def test_sections_come_in_the_same_order():
     heading = re.compile(r"^# -{80,}\n# (.+)$", re.MULTILINE)
     bigram, char, bpe = [heading.findall(source(script)) for script in TRAINING_SCRIPTS]
     assert len(bigram) >= 7
-    assert bigram == char == [h for h in bpe if h != "Weights"]
+    assert bigram == char == [h for h in bpe if h not in ("Instructions", "Weights")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flag", ["--help", "--seed=x", "--nonsense"])
+def test_help_and_mistakes_need_not_wait_for_pytorch(script, flag, tmp_path):
+    code = f"import runpy, sys\nsys.argv = ['x', {flag!r}]\n"
+    code += f"try:\n    runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+    code += "except SystemExit:\n    assert not {'torch', 'numpy', 'tiktoken'} & set(sys.modules)"
+    out, error = run("-c", code, cwd=tmp_path, fresh=True)
+    assert ("usage:" in out) == (flag == "--help") and len(error.splitlines()) == (flag != "--help")
 
 
 def test_training_scripts_import_nothing_from_each_other():
