@@ -772,7 +772,7 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
                 set_steps(config, first, seconds, n_val_tokens, n_tokens=y.numel())
                 checkpoint["config"] = asdict(config)
             seconds *= config.max_iters - first
-            print(f"{CLEAR_LINE}{config.max_iters:,} steps at this speed take {duration(seconds)}")
+            print(f"{CLEAR_LINE}at this speed, {config.max_iters:,} steps take {duration(seconds)}")
         evaluates = done % config.eval_interval == 0 or done == config.max_iters
         if evaluates:
             with autocast:

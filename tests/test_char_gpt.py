@@ -428,7 +428,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(clone):
         cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
     )  # fmt: skip
     for line in process.stdout:
-        if line.startswith("at the speed of"):
+        if line.startswith("at this speed"):
             break
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
@@ -438,3 +438,27 @@ def test_ctrl_c_saves_and_says_how_to_go_on(clone):
     checkpoint = load_checkpoint(clone / "out" / "long.pt", "char_gpt")
     (clone / "out" / "long.pt").unlink()
     assert checkpoint["last"]["step"] >= 11
+
+
+def test_a_run_by_the_clock_settles_its_steps_from_its_speed(monkeypatch):
+    config = GPTConfig(minutes=2.0, max_iters=1000, eval_interval=250)
+    char_gpt.set_steps(config, first=100, seconds=0.1, n_val_tokens=30_000, n_tokens=1000)
+    # 1,200 steps fit into two minutes; four evaluations cost as much as ten steps each.
+    assert config.max_iters == 100 + 1200 - 40 and config.minutes == 0
+    assert config.eval_interval == pytest.approx(config.max_iters / 4, abs=1)
+
+
+@pytest.mark.parametrize("script", ["char_gpt", "bpe_gpt"])
+def test_minutes_end_a_run_in_time_with_the_learning_rate_gone_to_zero(clone, script):
+    size = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 8 --offline"
+    size += " --init scratch --learned_vocab_size 300 --total_batch_size 128" * (script == "bpe_gpt")
+    flags = f"{size} --minutes 0.03 --out out/timed.pt"
+    started = time.perf_counter()
+    out, _ = run(f"{script}.py", *flags.split(), cwd=clone)
+    assert time.perf_counter() - started < 30
+    checkpoint = load_checkpoint(clone / "out" / "timed.pt", script)
+    config, last = checkpoint["config"], checkpoint["last"]
+    assert config["minutes"] == 0 and last["step"] == config["max_iters"] not in (1800, 2400)
+    assert f"at this speed, {config['max_iters']:,} steps take" in out
+    assert 4 <= len(checkpoint["history"]) <= 7, "as many evaluations as without --minutes"
+    (clone / "out" / "timed.pt").unlink()

@@ -68,7 +68,7 @@ def test_sigterm_saves_and_says_how_to_go_on(folder, script, flags):
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
     )  # fmt: skip
     for line in process.stdout:
-        if line.startswith("at the speed of"):
+        if line.startswith("at this speed"):
             break
     process.send_signal(signal.SIGTERM)
     output, error = process.communicate(timeout=60)
