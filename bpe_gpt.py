@@ -139,8 +139,9 @@ CPU_SETTINGS = dict(
     total_batch_size=2048,
     max_iters=2400,
     eval_interval=400,
-    learning_rate=0.002,
+    learning_rate=0.006,
     muon_learning_rate=0.025,
+    warmup_iters=10,
 )
 # The same with --instructions: longer sequences, as a record is not cut into pieces.
 CPU_INSTRUCTION_SETTINGS = dict(
@@ -688,7 +689,8 @@ def make_optimizers(model, config):
     )
     if not muon:
         return [adamw]
-    return [torch.optim.Muon(muon, config.muon_learning_rate, config.weight_decay), adamw]
+    muon = torch.optim.Muon(muon, config.muon_learning_rate, config.weight_decay, momentum=0.9)
+    return [muon, adamw]
 
 
 def learning_rate_share(step, config):

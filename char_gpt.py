@@ -49,7 +49,7 @@ class GPTConfig:
     n_layer: int = 6  # blocks, one after the other, through which each token passes
     n_head: int = 6  # attention heads in each block
     n_embd: int = 384  # numbers that stand for a character on its way through the blocks
-    dropout: float = 0.25  # share of results zeroed at random in training, so that none is vital
+    dropout: float = 0.15  # share of results zeroed at random in training, so that none is vital
     fused: bool = True  # PyTorch's own code for what is written out below, where that is faster
     data: str = ""  # text file to learn from (UTF-8); if none is given, Tiny Shakespeare
     offline: bool = False  # never fetch Tiny Shakespeare from the network
@@ -65,9 +65,9 @@ class GPTConfig:
     max_iters: int = 2200  # training steps, one batch each
     minutes: float = 0.0  # train for about so long, in as many steps as fit in; 0: by max_iters
     eval_interval: int = 200  # training steps between evaluations
-    learning_rate: float = 0.002  # of AdamW, which trains embeddings, gains and biases
+    learning_rate: float = 0.006  # of AdamW, which trains embeddings, gains and biases
     muon_learning_rate: float = 0.025  # of Muon, which trains the matrices of the blocks
-    warmup_iters: int = 50  # steps in which the learning rates rise from zero
+    warmup_iters: int = 10  # steps in which the learning rates rise from zero
     weight_decay: float = 0.1  # pull of the matrices towards zero, per unit of learning rate
     grad_clip: float = 1.0  # a gradient (of all weights together) longer than this is shortened
 
@@ -451,7 +451,7 @@ def make_optimizers(model, config):
             matrices.append(p)
         else:
             others.append(p)
-    muon = torch.optim.Muon(matrices, config.muon_learning_rate, config.weight_decay)
+    muon = torch.optim.Muon(matrices, config.muon_learning_rate, config.weight_decay, momentum=0.9)
     adamw = torch.optim.AdamW(
         others, config.learning_rate, betas=(0.9, 0.95), weight_decay=0, fused=True
     )
@@ -460,10 +460,11 @@ def make_optimizers(model, config):
 
 def learning_rate_share(step, config):
     """The share of its full learning rate that a step uses. It rises in a line over warmup_iters
-    (the first gradients are wild), stays at 1, and falls in a line to 0 over the second half."""
+    (the first gradients are wild), and falls in a line to 0 over the whole run: first far, to get
+    near, then less and less, to settle."""
     rise = (step + 1) / (config.warmup_iters + 1)
-    fall = (config.max_iters - step) / (config.max_iters / 2)
-    return min(rise, 1, fall)
+    fall = 1 - step / config.max_iters
+    return min(rise, fall)
 
 
 def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):

@@ -2,11 +2,12 @@
 
     python sample.py                            # from the newest checkpoint in out/
     python sample.py out/bigram.pt              # from this one
-    python sample.py gpt2                       # from GPT-2 as published; so too gpt2-medium, -xl
+    python sample.py gpt2                       # as published; or gpt2-medium, -large, -xl
     python sample.py FOLDER                     # from a GPT-2 in Hugging Face's layout
     python sample.py --prompt "ROMEO:"          # go on from these words
     python sample.py --temperature 0.8 --top_k 20
     python sample.py --interactive              # one prompt after the other; Ctrl-D leaves
+    python sample.py --instruct "Name the opposite." --input "heavy"    # if it learned to answer
 
 A model gives each token a probability; these are the ways to pick one. Always the likeliest
 (--temperature 0) soon runs in circles. Drawing by the probabilities is true to the model, and now
@@ -14,7 +15,7 @@ and then takes something silly from the long tail of unlikely tokens. In between
 below 1 makes likely tokens likelier still, --top_k keeps only the k likeliest tokens, --top_p as
 many of them as it takes to reach a probability of p (nucleus sampling, Holtzman et al. 2020), and
 --min_p those at least p times as likely as the likeliest (Nguyen et al. 2024). --beam draws
-nothing: it looks for the text that is the likeliest as a whole.
+nothing: it looks for the text whose tokens are, taken together, the likeliest.
 
 To see what the model does with a text:
 
@@ -44,14 +45,14 @@ from pathlib import Path
 # ---------------------------------------------------------------------------------------------
 # Flags
 
-CLEAR_LINE = "\r\033[K" if sys.stdout.isatty() else ""  # erases a terminal's current line
-
 
 def fail(message):
     """A mistake that the user can mend ends in one line on standard error, and exit status 2."""
-    print(CLEAR_LINE, end="", flush=True)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+DTYPES = "auto", "float32", "bfloat16", "float16"
 
 
 def parse_flags():
@@ -71,32 +72,35 @@ def parse_flags():
     mode.add_argument("--curve", nargs="+", metavar="CHECKPOINT", help="show losses in training")
     add("--input", default="", help="what the instruction is about")
     add("--max_new_tokens", type=int, default=500, help="how many tokens to add [500]")
-    add("--num_samples", type=int, default=1, help="how many texts to make, side by side [1]")
+    add("--num_samples", type=int, default=1, help="how many texts to make at once [1]")
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token [1.0]")
     add("--top_k", type=int, help="draw from this many of the likeliest tokens only [all]")
     add("--top_p", type=float, default=1.0, help="draw from the likeliest, up to this sum [1.0]")
-    add("--min_p", type=float, default=0.0, help="draw if this share of the likeliest's [0.0]")
+    add(
+        "--min_p",
+        type=float,
+        default=0.0,
+        help="draw from those this share as likely as the likeliest [0]",
+    )
     add("--beam", type=int, help="look for the likeliest text, with so many at a time [draw one]")
     add("--stop", help="end the text where this occurs in it")
     add("--ignore_end", action="store_true", help="go on where the model ends its text")
     add("--layer", type=int, default=0, help="of --attention; the first is [0]")
     add("--head", type=int, default=0, help="of --attention; the first is [0]")
     add("--plot", metavar="FILE", help="draw --attention or --curve into this file, say x.png")
-    add(
-        "--dtype", default="auto", help="float32, bfloat16 or float16 [the fastest, if it is large]"
-    )
+    add("--dtype", default="auto", help="float32, bfloat16, float16 [auto: fast, if large]")
     add("--seed", type=int, default=1337, help="the same seed gives the same text [1337]")
     args = parser.parse_args()
-    beam_alone = args.beam is None or (args.num_samples == 1 and args.beam > 0)
+    good_beam = args.beam is None or (0 < args.beam <= 1000 and args.num_samples == 1)
     for name, good, rule in (
-        ("max_new_tokens", 0 < args.max_new_tokens < 2**31, "above 0"),
+        ("max_new_tokens", 0 < args.max_new_tokens < 2**31, "above 0, and below 2**31"),
         ("num_samples", 0 < args.num_samples <= 1000, "from 1 to 1000"),
         ("temperature", 0 <= args.temperature < math.inf, "0 or more"),
         ("top_k", args.top_k is None or args.top_k > 0, "above 0"),
         ("top_p", 0 < args.top_p <= 1, "above 0, and 1 at most"),
         ("min_p", 0 <= args.min_p <= 1, "from 0 to 1"),
-        ("beam", beam_alone and (args.beam or 1) <= 1000, "from 1 to 1000, with one sample"),
-        ("dtype", args.dtype in ("auto", "float32", "bfloat16", "float16"), "a format of numbers"),
+        ("beam", good_beam, "from 1 to 1000, with one sample"),
+        ("dtype", args.dtype in DTYPES, ", ".join(DTYPES)),
         ("seed", 0 <= args.seed < 2**31, "0 or more, and below 2**31"),
         ("input", not args.input or args.instruct is not None, "with --instruct"),
         ("plot", not args.plot or args.attention or args.curve, "with --attention or --curve"),
@@ -130,11 +134,11 @@ def make_choice(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
     chosen (B, 1), for use in generate()."""
 
     def choose(logits):
-        if temperature == 0:
+        if temperature < 1e-9:  # 0, or too small to divide by
             return logits.argmax(dim=-1, keepdim=True)
         logits = logits.float()  # a model in bfloat16 gives scores in bfloat16
-        # Softmax is blind to what is subtracted from all scores; with the best at 0, a temperature
-        # however small cannot make them overflow.
+        # Softmax is blind to what is subtracted from all scores; with the best at 0, a small
+        # temperature cannot make them overflow.
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
         logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
         if top_k is not None:
@@ -173,7 +177,7 @@ def beam_search(model, idx, max_new_tokens, width, end=None):
         scores, best = totals.topk(min(width, len(totals)))
         parents, tokens = best // log_probs.shape[1], best % log_probs.shape[1]
         texts = torch.cat((texts[parents], tokens[:, None]), dim=1)
-        going_on = tokens != (-1 if end is None else end)
+        going_on = tokens != (-1 if end is None else end)  # no token is -1
         if n == max_new_tokens:
             going_on[:] = False
         for score, text in zip(scores[~going_on].tolist(), texts[~going_on].tolist()):
@@ -181,7 +185,7 @@ def beam_search(model, idx, max_new_tokens, width, end=None):
         scores, texts = scores[going_on], texts[going_on]
         if len(texts) == 0:
             break
-        if cache:
+        if cache:  # each text takes over the keys and values of the one that it goes on from
             cache.kv = cache.kv[:, :, parents[going_on]]
     return max(ended, key=lambda pair: pair[0])[1]
 
@@ -208,8 +212,8 @@ class Stream:
             if stop:
                 self.ended = True
                 return before
-            tails = (n for n in range(len(self.stop), 0, -1) if self.held.endswith(self.stop[:n]))
-            n_held = next(tails, 0)
+            lengths = range(len(self.stop) - 1, 0, -1)  # of beginnings of stop, the longest first
+            n_held = next((n for n in lengths if self.held.endswith(self.stop[:n])), 0)
         sure = self.held[: len(self.held) - n_held]
         self.held = self.held[len(sure) :]
         return sure
@@ -226,7 +230,7 @@ class Stream:
 # Looking inside
 
 
-def spell(to_bytes, token):
+def quote(to_bytes, token):
     """A token as one can print it in a line, in quotes."""
     text = to_bytes(token).decode("utf-8", "backslashreplace")
     return f"'{text}'".replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
@@ -235,8 +239,8 @@ def spell(to_bytes, token):
 @torch.no_grad()
 def next_log_probs(model, ids):
     """The log-probabilities (T - 1, vocab_size) of what comes after each of the T ids but the last.
-    A text longer than block_size is read in windows, so that each token (but the first ones) has at
-    least half of the context that the model can use."""
+    A text longer than block_size is read in windows that overlap by half. With a block_size of 8:
+    tokens 0 to 7, then 4 to 11, of which only the last four count, then 8 to 15, and so on."""
     model.eval()
     size, step = model.block_size, max(model.block_size // 2, 1)
     idx = torch.tensor([ids[:-1]], device=next(model.parameters()).device)
@@ -259,17 +263,17 @@ def print_probs(model, ids, to_bytes):
     for token, row in zip(ids[1:], log_probs):
         total -= row[token].item()
         rank = (row > row[token]).sum().item() + 1
-        likeliest = [other for other in row.topk(min(4, len(row))).indices.tolist()]
+        likeliest = row.topk(min(4, len(row))).indices.tolist()
         others = [other for other in likeliest if other != token][:3]
-        others = "  ".join(f"{spell(to_bytes, o)} {row[o].exp().item():.1%}" for o in others)
+        others = "  ".join(f"{quote(to_bytes, o)} {row[o].exp().item():.1%}" for o in others)
         bits = -row[token].item() / math.log(2)
         colour = (34, 106, 178, 208, 196)[min(int(bits / 2), 4)]  # from green to red
         before, after = (f"\033[38;5;{colour}m", "\033[0m") if coloured else ("", "")
-        name = f"{spell(to_bytes, token):15}"
+        name = f"{quote(to_bytes, token):15}"
         print(f"{before}{name}{after} {row[token].exp().item():11.2%} {rank:7}   {others}")
     n = len(log_probs)
     print(f"{n} tokens: loss {total:.2f} in all, {total / n:.4f} a token", end="")
-    print(f", perplexity {math.exp(total / n):.2f}")
+    print(f", perplexity {math.exp(min(total / n, 700)):.2f}")
 
 
 @torch.no_grad()
@@ -286,16 +290,20 @@ def attention_shares(model, ids):
     for hook in hooks:
         hook.remove()
     n_head, T = model.transformer.h[0].attn.n_head, len(ids)
-    qkv = torch.cat(caught).float().cpu().view(len(caught), T, 3, n_head, -1)
+    qkv = torch.cat(caught).float().cpu()  # (n_layer, T, 3 * C)
+    qkv = qkv.view(len(caught), T, 3, n_head, -1)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # each (n_layer, n_head, T, head_size)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     visible = torch.ones(T, T, dtype=torch.bool).tril()
     return scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
 
 
+LEVELS = 0.05, 0.2, 0.4, 0.7  # the least share for each shade
+
+
 def print_attention(shares, names):
-    """One head's shares (T, T): each row shows what its token takes from those before it. Raises
-    ValueError for more tokens than fit beside each other."""
+    """One head's shares (T, T): each row shows what its token takes from those before it, and from
+    itself. Raises ValueError for more tokens than fit beside each other."""
     wide = max(len(name) for name in names) + 1
     columns = shutil.get_terminal_size((100, 24)).columns
     cell = 2 if wide + 2 * len(names) <= columns else 1
@@ -305,12 +313,10 @@ def print_attention(shares, names):
     for i in range(min(max(map(len, inner)), 8)):  # the tokens on top, from top to bottom
         print(" " * wide + "".join(name[i : i + 1].ljust(cell) for name in inner))
     for name, row in zip(names, shares.tolist()):
-        shades = (" ░▒▓█"[sum(share >= least for least in LEVELS)] * cell for share in row)
+        levels = [sum(share >= least for least in LEVELS) for share in row]  # from 0 to 4
+        shades = [" ░▒▓█"[level] * cell for level in levels]
         print(name.rjust(wide - 1) + " " + "".join(shades).rstrip())
     print("share of attention: " + ", ".join(f"{s} from {n:.0%}" for s, n in zip("░▒▓█", LEVELS)))
-
-
-LEVELS = 0.05, 0.2, 0.4, 0.7
 
 
 def load_pyplot():
@@ -331,6 +337,7 @@ def plot_attention(shares, names, path):
     """All heads (columns) of all layers (rows) as one picture."""
     plt = load_pyplot()
     n_layer, n_head, T, _ = shares.shape
+    labels = [name[1:-1].replace("$", r"\$") for name in names]  # "$" begins a formula
     size = max(1.1, 0.14 * T) if T <= 24 else 1.4  # inches
     size = (size * n_head + 1.6, size * n_layer + 1.2)
     figure, axes = plt.subplots(n_layer, n_head, figsize=size, squeeze=False, layout="constrained")
@@ -343,7 +350,6 @@ def plot_attention(shares, names, path):
                 axis.set_title(f"head {head}", fontsize=9)
             if head == 0:
                 axis.set_ylabel(f"layer {layer}", fontsize=9)
-            labels = [name[1:-1].replace("$", r"\$") for name in names]
             if T <= 24 and head == 0:
                 axis.set_yticks(range(T), labels, fontsize=6)
             if T <= 24 and layer == n_layer - 1:
@@ -357,19 +363,20 @@ def plot_attention(shares, names, path):
 
 @torch.no_grad()
 def print_shapes(model, ids):
-    """The modules in the order in which the text passes them, as hooks see it: what goes in, what
+    """The modules in the order in which the text leaves them, as hooks see it: what goes in, what
     comes out, how many numbers the module has learned, and its operations (an addition and a
-    multiplication for each weight and token; and attention's own products)."""
+    multiplication for each weight and token). Attention, which is more than its parts, has a line
+    of its own after them, for the products of queries, keys and values."""
     lines, names = [], {module: name for name, module in model.named_modules()}
     seen = set()  # parameters counted: the head shares its table with the embedding
 
     def hook(module, args, out):
         if isinstance(module, torch.nn.Dropout):
-            return  # idle, but in training
+            return  # it does nothing except in training
         x, out = args[0], out[0] if isinstance(out, tuple) else out
-        n_params = sum(p.numel() for p in module.parameters() if p not in seen)
-        is_whole = any(True for _ in module.children())
-        if not is_whole:
+        has_parts, n_params = any(True for _ in module.children()), 0
+        if not has_parts:
+            n_params = sum(p.numel() for p in module.parameters() if p not in seen)
             seen.update(module.parameters())
         operations = 0
         if isinstance(module, torch.nn.Linear):
@@ -377,10 +384,9 @@ def print_shapes(model, ids):
         elif hasattr(module, "c_attn"):  # q @ k and shares @ v, each T * T * C, without the mask
             operations = 4 * x.shape[1] * x.shape[:-1].numel() * x.shape[-1]
             names[module] += " (q, k, v)"
-        elif is_whole:
+        elif has_parts:
             return
         shapes = f"{[*x.shape]!s:>16} {[*out.shape]!s:>16}"
-        n_params = 0 if is_whole else n_params
         lines.append((names[module], f"{type(module).__name__:20}", shapes, n_params, operations))
 
     hooks = [module.register_forward_hook(hook) for module in model.modules()]
@@ -501,18 +507,18 @@ def load_model(name_or_path):
 
 
 def best_loss(history):
-    """The least validation loss of a history. Raises ValueError for what is none."""
+    """The least validation loss of a history. Raises ValueError for a damaged history."""
     try:
         return min(float(val_loss) for _, _, val_loss in history)
-    except TypeError:
+    except (TypeError, ValueError):
         raise ValueError(
             "the history in the checkpoint is damaged: train the model again"
         ) from None
 
 
 def read_layouts(checkpoint):
-    """The layouts of instructions that the model has learned; None if it has learned none. Raises
-    ValueError for what is no layout."""
+    """The two layouts of instructions, without and with input, that the model has learned; None if
+    it has learned none. Raises ValueError where they are damaged."""
     layouts = checkpoint.get("layouts")
     is_pair = isinstance(layouts, list) and [type(part) for part in layouts] == [str, str]
     if layouts is not None and not is_pair:
@@ -524,7 +530,7 @@ def read_layouts(checkpoint):
 # Command line
 
 
-def encode(tokenizer, text):
+def encode_prompt(tokenizer, text):
     """The tokens of a text (None: of the start of one). Raises ValueError for a character that the
     vocabulary does not have."""
     if not isinstance(tokenizer, CharTokenizer):
@@ -551,9 +557,9 @@ def ask(layouts):
             yield line
 
 
-def speak(model, tokenizer, ids, args, to_bytes):
-    """Prints the text that follows the ids: the first sample as it grows, then the others."""
-    torch.manual_seed(args.seed)
+def speak(model, tokenizer, ids, shown, args, to_bytes):
+    """Prints what is shown of the prompt and the text that follows its ids: the first sample as it
+    grows, then the others."""
     idx = torch.tensor([ids] * args.num_samples, device=next(model.parameters()).device)
     end = None
     if not isinstance(tokenizer, CharTokenizer) and not args.ignore_end:
@@ -566,25 +572,23 @@ def speak(model, tokenizer, ids, args, to_bytes):
         generate = bpe_gpt.generate if isinstance(model, bpe_gpt.GPT) else char_gpt.generate
         columns = generate(model, idx, args.max_new_tokens, choose)  # each (num_samples, 1)
     streams = [Stream(to_bytes, end, args.stop) for _ in range(args.num_samples)]
-    others = [""] * args.num_samples
+    texts = [shown] * args.num_samples
+    print(shown, end="", flush=True)
     for column in columns:
-        for i, token in enumerate(column.flatten().tolist()):
-            text = streams[i].push(token)
-            if i == 0:
-                print(text, end="", flush=True)
-            else:
-                others[i] += text
+        new = [stream.push(token) for stream, token in zip(streams, column.flatten().tolist())]
+        print(new[0], end="", flush=True)
+        texts = [text + more for text, more in zip(texts, new)]
         if all(stream.ended for stream in streams):
             break
     print(streams[0].close())
-    for stream, text in zip(streams[1:], others[1:]):
-        yield text + stream.close()
+    for text, stream in zip(texts[1:], streams[1:]):
+        print(f"{'-' * 40}\n{text}{stream.close()}")
 
 
 def look_inside(model, ids, tokenizer, to_bytes, args):
     """--probs, --attention, --shapes. Raises ValueError where the model cannot show it."""
     if args.probs:
-        return print_probs(model, encode(tokenizer, None) + ids, to_bytes)
+        return print_probs(model, encode_prompt(tokenizer, None) + ids, to_bytes)
     is_table = isinstance(model, bigram.BigramLanguageModel)
     if is_table and args.attention:
         raise ValueError("a bigram table has no attention: name another model")
@@ -593,7 +597,7 @@ def look_inside(model, ids, tokenizer, to_bytes, args):
     if args.shapes:
         return print_shapes(model, ids)
     shares = attention_shares(model, ids)
-    names = [spell(to_bytes, token) for token in ids]
+    names = [quote(to_bytes, token) for token in ids]
     if args.plot:
         return plot_attention(shares, names, args.plot)
     for flag, n in zip(("layer", "head"), shares.shape):
@@ -606,7 +610,9 @@ def look_inside(model, ids, tokenizer, to_bytes, args):
 def main():
     args = parse_flags()
     if args.curve:
-        curves = {Path(path).stem: read_curve(path) for path in args.curve}
+        if len(args.curve) > 26:
+            raise ValueError("--curve shows 26 runs at most: there are no more letters")
+        curves = {path: read_curve(path) for path in args.curve}
         plot_curves(curves, args.plot) if args.plot else print_curves(curves)
         return
     name = str(args.model or newest_checkpoint())
@@ -620,46 +626,52 @@ def main():
     else:
         to_bytes = tokenizer.decode_single_token_bytes
 
+    def read(prompt):
+        """The ids of a prompt, and what is shown of it: of an instruction, the answer alone."""
+        if layouts and (args.instruct or args.interactive):
+            record = {"instruction": prompt, "input": args.input}
+            return encode_prompt(tokenizer, bpe_gpt.lay_out(record, layouts)), ""
+        ids = encode_prompt(tokenizer, prompt)
+        if prompt is None:
+            prompt = tokenizer.decode(ids) if isinstance(tokenizer, CharTokenizer) else ""
+        return ids, prompt
+
     inside = args.probs or args.attention or args.shapes
+    ids = shown = None
+    if not inside and not args.interactive:
+        try:
+            ids, shown = read(args.instruct or args.prompt)
+        except ValueError as error:
+            raise ValueError(f"--prompt: {error}") from None
     n_params = sum(p.numel() for p in model.parameters())
     dtype = torch.float32  # a small model gains no speed from less precision
     if args.dtype != "auto":
         dtype = getattr(torch, args.dtype)
     elif n_params > 50_000_000 and not inside:
         dtype = pick_dtype("auto", device)
-        # A CPU is by far the fastest in float16 at one token of one text, and slow at more.
-        is_long = len(encode(tokenizer, args.prompt)) + args.max_new_tokens > model.block_size
+        # In float16 a CPU is twice as fast at reading one token, and far slower at reading more:
+        # several texts, or a text longer than the context, which is read anew for each token.
+        is_long = len(ids or []) + args.max_new_tokens > model.block_size
         if device.type == "cpu" and args.num_samples == 1 and not args.beam and not is_long:
             dtype = torch.float16
     model.to(device, dtype)
     for p in model.parameters():
         p.data = p.data.contiguous()  # published matrices lie the other way round: slow in float16
     if inside:
-        return look_inside(model, encode(tokenizer, inside), tokenizer, to_bytes, args)
+        return look_inside(model, encode_prompt(tokenizer, inside), tokenizer, to_bytes, args)
 
     history = checkpoint.get("history")
     best = f"best validation loss {best_loss(history):.4f}, " if history else ""
     kind = f"{n_params:,} parameters in {str(dtype).removeprefix('torch.')} on {device}"
-    note = f"{name}: {best}{kind}"
-    for prompt in ask(layouts) if args.interactive else [args.instruct or args.prompt]:
-        shown = prompt
-        if layouts and (args.instruct or args.interactive):
-            prompt = bpe_gpt.lay_out({"instruction": prompt, "input": args.input}, layouts)
-            shown = ""  # of the layout nothing, only the answer
+    print(f"{name}: {best}{kind}", file=sys.stderr)
+    torch.manual_seed(args.seed)
+    if not args.interactive:
+        return speak(model, tokenizer, ids, shown, args, to_bytes)
+    for prompt in ask(layouts):
         try:
-            ids = encode(tokenizer, prompt)
-        except ValueError as error:
-            if not args.interactive:
-                raise ValueError(f"--prompt: {error}") from None
+            speak(model, tokenizer, *read(prompt), args, to_bytes)
+        except ValueError as error:  # a character that is not in the vocabulary
             print(f"error: {error}", file=sys.stderr)
-            continue
-        print(note, end="\n" if note else "", file=sys.stderr)
-        note = ""  # once is enough
-        if prompt is None:
-            shown = tokenizer.decode(ids) if isinstance(tokenizer, CharTokenizer) else ""
-        print(shown, end="", flush=True)
-        for text in speak(model, tokenizer, ids, args, to_bytes):
-            print(f"{'-' * 40}\n{shown}{text}")
 
 
 if __name__ == "__main__":
@@ -670,10 +682,11 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
+        print(flush=True)  # the line of the text that was not finished
         fail("interrupted")
     except (OSError, ValueError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
         if not re.search("out of memory|allocate|MemoryError", repr(error)):
             raise
-        fail("out of memory: lower --num_samples")
+        fail("out of memory: lower --num_samples or --beam, or take a smaller model")

@@ -451,7 +451,9 @@ def test_a_run_by_the_clock_settles_its_steps_from_its_speed(monkeypatch):
 @pytest.mark.parametrize("script", ["char_gpt", "bpe_gpt"])
 def test_minutes_end_a_run_in_time_with_the_learning_rate_gone_to_zero(clone, script):
     size = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 8 --offline"
-    size += " --init scratch --learned_vocab_size 300 --total_batch_size 128" * (script == "bpe_gpt")
+    size += " --init scratch --learned_vocab_size 300 --total_batch_size 128" * (
+        script == "bpe_gpt"
+    )
     flags = f"{size} --minutes 0.03 --out out/timed.pt"
     started = time.perf_counter()
     out, _ = run(f"{script}.py", *flags.split(), cwd=clone)

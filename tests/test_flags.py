@@ -87,7 +87,7 @@ OTHERS = {
     "sample.py --top_p nan": "above 0",
     "sample.py --seed -1": "0 or more",
     "sample.py --seed 2147483648": "below 2**31",
-    "sample.py --dtype half": "auto, float32 or bfloat16",
+    "sample.py --dtype half": "auto, float32, bfloat16, float16",
     "sample.py --no_such_flag": "--no_such_flag",
     "sample.py a b": "b",
 }

@@ -112,9 +112,9 @@ def test_a_step_in_parts_is_the_step_of_the_whole(tokenizer, tmp_path):
     after = []
     for batch_size in (8, 3):
         config = GPTConfig(
-            n_layer=1, n_head=2, n_embd=16, vocab_size=300, block_size=256, dropout=0.0, max_iters=1,
-            total_batch_size=8 * 256, batch_size=batch_size, muon_learning_rate=0, warmup_iters=1,
-            out=str(tmp_path / "x.pt"), instructions="x",
+            n_layer=1, n_head=2, n_embd=16, vocab_size=300, block_size=256, dropout=0.0,
+            total_batch_size=8 * 256, batch_size=batch_size,
+            max_iters=1, muon_learning_rate=0, warmup_iters=1, out=str(tmp_path / "x.pt"),
         )  # fmt: skip
         torch.manual_seed(0)
         part = GPT(config)

@@ -29,7 +29,14 @@ def shares(choose, n=20_000):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-44}]
+    "settings",
+    [
+        {"temperature": 0},
+        {"top_k": 1},
+        {"top_p": 1e-9},
+        {"temperature": 1e-44},
+        {"temperature": 1e-99},
+    ],
 )
 def test_greedy_takes_the_likeliest_token(settings):
     assert shares(make_choice(**settings)).tolist() == [0, 1, 0, 0, 0]
@@ -282,8 +289,8 @@ def test_shapes_walks_through_all_modules_and_counts_all_parameters(clone, scrip
 
 def test_curves_show_the_losses_of_each_run(clone):
     out, _ = run("sample.py", "--curve", "out/bigram.pt", "out/char_gpt.pt", cwd=clone)
-    assert re.search(r"a training, A validation: bigram \(at best 2\.\d+\)", out)
-    assert re.search(r"b training, B validation: char_gpt \(at best \d\.\d+\)", out)
+    assert re.search(r"a training, A validation: out/bigram.pt \(at best 2\.\d+\)", out)
+    assert re.search(r"b training, B validation: out/char_gpt.pt \(at best \d\.\d+\)", out)
     drawn = "".join(re.findall(r"\|(.*)", out))
     assert set("AB") <= set(drawn), drawn
     assert "819,200 tokens seen" in out, "100 steps of 32 x 256 of the bigram, the longer run"

@@ -29,6 +29,7 @@ TRAINING_SCRIPTS = ["bigram.py", "char_gpt.py", "bpe_gpt.py"]
 MAY_DIFFER = {
     "train": "bigram.py takes plain steps; char_gpt.py warms up, clips, saves and resumes",
     "main": "each script builds and describes its own model",
+    "fail": "sample.py shows no progress in a live line, which would have to be erased",
     "parse_flags": "sample.py has a positional argument, and no configuration to take flags from",
 }
 MAY_DIFFER_IN_BPE_GPT = {
