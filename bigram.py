@@ -71,7 +71,7 @@ def fail(message):
     sys.exit(2)
 
 
-# More than this could only end in a memory that is full; of others, 2**31 is too much.
+# More than this could only fill the memory. (Of all other numbers, 2**31 is too much.)
 LIMITS = {"n_layer": 1000, "batch_size": 1_000_000, "total_batch_size": 100_000_000}
 
 
@@ -395,7 +395,7 @@ def read_text(path):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}): convert it") from None
     except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror}): name a text by --data") from None
+        raise ValueError(f"cannot read {path} ({error.strerror}): name another file") from None
 
 
 def find_shakespeare(config):

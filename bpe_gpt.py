@@ -126,7 +126,7 @@ FINE_TUNING_SETTINGS = dict(
 )
 # The same with --instructions: 8 records at a time, three times over those in data/.
 INSTRUCTION_SETTINGS = dict(
-    FINE_TUNING_SETTINGS, batch_size=8, total_batch_size=8192, max_iters=100, eval_interval=50
+    FINE_TUNING_SETTINGS, batch_size=8, total_batch_size=8192, max_iters=130, eval_interval=65
 )
 # What a CPU trains from scratch unless told otherwise: the same model, smaller, done in minutes.
 CPU_SETTINGS = dict(
@@ -139,13 +139,19 @@ CPU_SETTINGS = dict(
     total_batch_size=2048,
     max_iters=2400,
     eval_interval=400,
-    learning_rate=0.006,
+    learning_rate=0.002,
     muon_learning_rate=0.025,
-    warmup_iters=10,
 )
-# The same with --instructions: longer sequences, as a record is not cut into pieces.
+# The same with --instructions. A record is not cut into pieces, so sequences are longer. So few
+# records teach so small a model no English, but it can learn them by heart: nothing is dropped.
 CPU_INSTRUCTION_SETTINGS = dict(
-    CPU_SETTINGS, block_size=256, batch_size=16, total_batch_size=4096, max_iters=600
+    CPU_SETTINGS,
+    dropout=0.0,
+    block_size=256,
+    batch_size=16,
+    total_batch_size=4096,
+    max_iters=600,
+    eval_interval=600,
 )
 
 
@@ -161,7 +167,7 @@ def fail(message):
     sys.exit(2)
 
 
-# More than this could only end in a memory that is full; of others, 2**31 is too much.
+# More than this could only fill the memory. (Of all other numbers, 2**31 is too much.)
 LIMITS = {"n_layer": 1000, "batch_size": 1_000_000, "total_batch_size": 100_000_000}
 
 
@@ -397,15 +403,17 @@ def read_records(path):
         if text.lstrip().startswith("["):
             records = json.loads(text)
         else:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is neither JSON nor lines of JSON ({error})") from None
     for i, record in enumerate(records):
         if not isinstance(record, dict):
             raise ValueError(f"{path}: record {i} is not an object with an instruction and output")
         for name in ("instruction", "input", "output"):
-            value = record.get(name, "" if name == "input" else None)
-            if not isinstance(value, str) or (name != "input" and not value.strip()):
+            value = record.get(name)
+            if name == "input" and value in (None, ""):
+                continue
+            if not isinstance(value, str) or not value.strip():
                 what = "is missing" if value is None else f"is not a text, or empty: {value!r:.50}"
                 raise ValueError(f"{path}: record {i}: its {name} {what}")
     return records
@@ -631,7 +639,10 @@ def windows(data, config, stride=0):
     T = min(config.block_size, len(data) - 1)
     last = len(data) - 1 - T  # the last window ends with the text
     starts = [*range(0, last, stride or T), last]
-    ends = [0, *(start + T for start in starts)]  # ends[i]: how many count before window i
+    ends = [
+        0,
+        *(start + T for start in starts),
+    ]  # ends[i]: before window i, the text has counted up to there
     for i in range(0, len(starts), config.batch_size):
         batch = starts[i : i + config.batch_size]
         tokens = data[np.reshape(batch, (-1, 1)) + np.arange(T + 1)]  # (B, T + 1)
@@ -689,8 +700,7 @@ def make_optimizers(model, config):
     )
     if not muon:
         return [adamw]
-    muon = torch.optim.Muon(muon, config.muon_learning_rate, config.weight_decay, momentum=0.9)
-    return [muon, adamw]
+    return [torch.optim.Muon(muon, config.muon_learning_rate, config.weight_decay), adamw]
 
 
 def learning_rate_share(step, config):
@@ -726,6 +736,8 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         forward = nn.parallel.DistributedDataParallel(forward)
     interrupts = catch_interrupts()
     done, started = first, time.perf_counter()
+    if config.minutes:  # set_steps() will settle it, when a tenth of the time is over or 10 steps
+        config.max_iters = max(config.max_iters, done + 12)
     while done < config.max_iters:
         step = done
         share = learning_rate_share(step, config)
@@ -767,14 +779,14 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
             started = time.perf_counter()  # the first step is slow, and does not count
         else:
             print_progress(done, step - first, y.numel(), step_loss, started, config)
-        if step == first + 10 or (config.minutes and elapsed > 6 * config.minutes):  # a tenth
+        if step == first + 10 or (config.minutes and elapsed > 6 * config.minutes):
             seconds = elapsed / max(step - first, 1)  # per step
             if config.minutes:
                 n_val_tokens = sum(y.numel() for _, y in windows(val_data, config))
                 set_steps(config, first, seconds, n_val_tokens, n_tokens=y.numel())
                 checkpoint["config"] = asdict(config)
-            seconds *= config.max_iters - first
-            print(f"{CLEAR_LINE}at this speed, {config.max_iters:,} steps take {duration(seconds)}")
+            steps = config.max_iters - first
+            print(f"{CLEAR_LINE}at this speed, {steps:,} steps take {duration(steps * seconds)}")
         evaluates = done % config.eval_interval == 0 or done == config.max_iters
         if evaluates:
             with autocast:
@@ -800,7 +812,7 @@ def set_steps(config, first, seconds, n_val_tokens, n_tokens):
     """Set max_iters so that training, which began after step `first`, lasts config.minutes, now
     that it is known how many seconds a step of n_tokens takes. The number of evaluations stays."""
     n_evals = -(-config.max_iters // config.eval_interval)
-    # To evaluate a token takes a third of the time of training on it: there is no way back.
+    # To evaluate takes a third of the time of training: half of the work is the way back.
     steps = config.minutes * 60 / seconds - n_evals * n_val_tokens / n_tokens / 3
     config.max_iters = first + max(int(steps), 12)  # of which at most 11 are done
     config.eval_interval = -(-config.max_iters // n_evals)
@@ -882,10 +894,10 @@ def print_evaluation(history, model, tokenizer, val_data, config):
 def other_units(loss, data, tokenizer):
     """The loss as a perplexity: among how many tokens, all as likely, one would have to guess to do
     as badly. And in bits per byte."""
-    if isinstance(data, list):  # the bytes of the outputs, without the end of text
-        data = np.concatenate([y[y >= 0][:-1] for _, y in data])
-    bits = bits_per_byte(loss, data, tokenizer)
-    return f"perplexity {math.exp(loss):.2f}, {bits:.3f} bits per byte"
+    perplexity = f"perplexity {math.exp(min(loss, 700)):.2f}"
+    if isinstance(data, list):  # of records, which nobody compares in bytes
+        return perplexity
+    return f"{perplexity}, {bits_per_byte(loss, data, tokenizer):.3f} bits per byte"
 
 
 def print_sample(model, tokenizer, val_data, config):
@@ -902,8 +914,10 @@ def print_sample(model, tokenizer, val_data, config):
         text = tokenizer.decode(ids)
         if isinstance(val_data, list):
             asked = tokenizer.decode(prompt.tolist()).split("### Instruction:\n")[-1]
-            text = asked.replace("\n\n", "\n") + text.split(END_OF_TEXT)[0] + "\n"
+            text = asked.replace("\n\n", "\n") + text.split(END_OF_TEXT)[0]
         print(textwrap.indent(text.strip(), "    | ", lambda line: True))
+        if isinstance(val_data, list):
+            print("    |")
 
 
 def print_progress(step, steps_here, n_tokens, loss, started, config):
@@ -1349,7 +1363,7 @@ def load_records(config, tokenizer):
     n = len(records) // 10
     places = [order[2 * n :], order[:n], order[n : 2 * n]]
     if tokenizer is None:
-        text = "".join(lay_out(records[i]) + records[i]["output"] for i in places[0])
+        text = "\n".join(lay_out(records[i]) + records[i]["output"] for i in places[0])
         tokenizer = train_bpe(text, config.learned_vocab_size)
     parts, n_cut, n_left_out, T = [], 0, 0, config.block_size
     for part in [order] if config.eval_only else places:
@@ -1375,7 +1389,7 @@ def read_text(path):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}): convert it") from None
     except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror}): name a text by --data") from None
+        raise ValueError(f"cannot read {path} ({error.strerror}): name another file") from None
 
 
 def find_shakespeare(config):
@@ -1484,7 +1498,7 @@ def check_resumable(checkpoint, fingerprint, config):
         raise ValueError(f"{config.out} learned from other data than this: name its own by --data")
     if not isinstance(last, dict) or type(last.get("step")) is not int:
         raise ValueError(f"{config.out} is damaged: it does not say where the run stopped")
-    if last["step"] >= config.max_iters:
+    if last["step"] >= config.max_iters and not config.minutes:
         raise ValueError(f"{config.out} has had its {config.max_iters} steps: raise --max_iters")
 
 
@@ -1590,7 +1604,8 @@ def print_plan(model, dtype, config):
     print(
         f"model: GPT, {config.n_layer} layers of {config.n_head} heads, {config.n_embd} wide, "
         f"{n_params:,} parameters, on {device} in {str(dtype).removeprefix('torch.')}\n"
-        f"plan: {config.max_iters:,} steps of {n_rows * config.block_size:,} tokens"
+        f"plan: {config.max_iters:,} steps of "
+        + (f"{n_rows} records" if config.instructions else f"{n_rows * config.block_size:,} tokens")
     )
 
 
@@ -1622,8 +1637,13 @@ def main():
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun, after a failure
     if given.get("eval_only") or given.get("export"):
         given["resume"] = False
-    elif (restarts and Path(out).exists()) or given.get("resume"):
-        given["resume"] = True
+    if restarts and not given.get("resume") and Path(out).exists():
+        # Go on with what this same run has saved, and as it was, whatever --minutes made of it.
+        checkpoint = load_checkpoint(out, "bpe_gpt")
+        given["resume"] = checkpoint.get("run") == os.environ["TORCHELASTIC_RUN_ID"]
+        for name in ("minutes", "max_iters", "eval_interval") if given["resume"] else ():
+            given.pop(name, None)
+    if given.get("resume"):
         checkpoint = load_checkpoint(out, "bpe_gpt")
         config = resume_settings(GPTConfig, checkpoint, given, FIXED)
         if bool(config.muon_learning_rate) != bool(checkpoint["config"]["muon_learning_rate"]):
@@ -1674,6 +1694,7 @@ def main():
     else:
         check_resumable(checkpoint, fingerprint.hexdigest(), config)
     checkpoint["config"] = asdict(config)
+    checkpoint["run"] = os.environ.get("TORCHELASTIC_RUN_ID")  # torchrun's name for it
     if not checkpoint["history"]:
         checkpoint["model"] = model.state_dict()  # the weights as they are, until there is a best
 

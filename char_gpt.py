@@ -6,6 +6,7 @@ word for word those of bigram.py; the model is new, and so is the care taken in 
 
     python char_gpt.py                 # a GPU: the full model. A CPU: a small one, in 3 minutes
     python char_gpt.py --full          # the full model on a CPU too, in an hour
+    python char_gpt.py --minutes 10    # as many steps as fit into ten minutes
     python char_gpt.py --resume        # go on with a run that was stopped
     python char_gpt.py --help          # every setting
 
@@ -49,7 +50,7 @@ class GPTConfig:
     n_layer: int = 6  # blocks, one after the other, through which each token passes
     n_head: int = 6  # attention heads in each block
     n_embd: int = 384  # numbers that stand for a character on its way through the blocks
-    dropout: float = 0.15  # share of results zeroed at random in training, so that none is vital
+    dropout: float = 0.2  # share of results zeroed at random in training, so that none is vital
     fused: bool = True  # PyTorch's own code for what is written out below, where that is faster
     data: str = ""  # text file to learn from (UTF-8); if none is given, Tiny Shakespeare
     offline: bool = False  # never fetch Tiny Shakespeare from the network
@@ -62,7 +63,7 @@ class GPTConfig:
     seed: int = 1337  # the same seed gives the same run
     batch_size: int = 16  # sequences in a batch
     block_size: int = 256  # characters in a sequence: how far back the model can look
-    max_iters: int = 2200  # training steps, one batch each
+    max_iters: int = 1800  # training steps, one batch each
     minutes: float = 0.0  # train for about so long, in as many steps as fit in; 0: by max_iters
     eval_interval: int = 200  # training steps between evaluations
     learning_rate: float = 0.006  # of AdamW, which trains embeddings, gains and biases
@@ -106,7 +107,7 @@ def fail(message):
     sys.exit(2)
 
 
-# More than this could only end in a memory that is full; of others, 2**31 is too much.
+# More than this could only fill the memory. (Of all other numbers, 2**31 is too much.)
 LIMITS = {"n_layer": 1000, "batch_size": 1_000_000, "total_batch_size": 100_000_000}
 
 
@@ -485,6 +486,8 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
             forward = try_compile(model, *get_batch(train_data, config, first))
     interrupts = catch_interrupts()
     done = first
+    if config.minutes:  # set_steps() will settle it, when a tenth of the time is over or 10 steps
+        config.max_iters = max(config.max_iters, done + 12)
     while done < config.max_iters:
         step = done
         share = learning_rate_share(step, config)
@@ -513,13 +516,13 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         else:
             print_progress(done, step - first, y.numel(), loss.item(), started, config)
         elapsed = time.perf_counter() - started
-        if step == first + 10 or (config.minutes and elapsed > 6 * config.minutes):  # a tenth
+        if step == first + 10 or (config.minutes and elapsed > 6 * config.minutes):
             seconds = elapsed / max(step - first, 1)  # per step
             if config.minutes:
                 set_steps(config, first, seconds, n_val_tokens=len(val_data), n_tokens=y.numel())
                 checkpoint["config"] = asdict(config)
-            seconds *= config.max_iters - first
-            print(f"{CLEAR_LINE}at this speed, {config.max_iters:,} steps take {duration(seconds)}")
+            steps = config.max_iters - first
+            print(f"{CLEAR_LINE}at this speed, {steps:,} steps take {duration(steps * seconds)}")
         evaluates = done % config.eval_interval == 0 or done == config.max_iters
         if evaluates:
             with autocast:
@@ -545,7 +548,7 @@ def set_steps(config, first, seconds, n_val_tokens, n_tokens):
     """Set max_iters so that training, which began after step `first`, lasts config.minutes, now
     that it is known how many seconds a step of n_tokens takes. The number of evaluations stays."""
     n_evals = -(-config.max_iters // config.eval_interval)
-    # To evaluate a token takes a third of the time of training on it: there is no way back.
+    # To evaluate takes a third of the time of training: half of the work is the way back.
     steps = config.minutes * 60 / seconds - n_evals * n_val_tokens / n_tokens / 3
     config.max_iters = first + max(int(steps), 12)  # of which at most 11 are done
     config.eval_interval = -(-config.max_iters // n_evals)
@@ -684,7 +687,7 @@ def read_text(path):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}): convert it") from None
     except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror}): name a text by --data") from None
+        raise ValueError(f"cannot read {path} ({error.strerror}): name another file") from None
 
 
 def find_shakespeare(config):
@@ -781,7 +784,7 @@ def check_resumable(checkpoint, fingerprint, config):
         raise ValueError(f"{config.out} learned from other data than this: name its own by --data")
     if not isinstance(last, dict) or type(last.get("step")) is not int:
         raise ValueError(f"{config.out} is damaged: it does not say where the run stopped")
-    if last["step"] >= config.max_iters:
+    if last["step"] >= config.max_iters and not config.minutes:
         raise ValueError(f"{config.out} has had its {config.max_iters} steps: raise --max_iters")
 
 

@@ -39,11 +39,9 @@ ROWS = []
 def row(what, value, unit, baseline="", ratio=None):
     """One line of the table: a figure, and how it compares with a baseline."""
     ROWS.append(dict(what=what, value=value, unit=unit, baseline=baseline, ratio=ratio))
-    number = (
-        f"{value:,.4f}" if unit == "loss" else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
-    )
+    digits = 4 if unit == "loss" else 2 if value < 10 else 1 if value < 100 else 0
     compared = "" if ratio is None else f"{ratio:6.2f} x  "
-    print(f"{what:58} {number:>10} {unit:10} {compared}{baseline}", flush=True)
+    print(f"{what:58} {value:10,.{digits}f} {unit:10} {compared}{baseline}", flush=True)
 
 
 def now():

@@ -139,7 +139,7 @@ def test_a_file_has_a_list_or_a_record_in_each_line(tmp_path):
         ({"output": "x"}, "record 5: its instruction is missing"),
         ({"instruction": "x", "output": " "}, "record 5: its output is not a text, or empty"),
         ({"instruction": 7, "output": "x"}, "record 5: its instruction is not a text"),
-        ({"instruction": "x", "input": None, "output": "x"}, "record 5: its input"),
+        ({"instruction": "x", "input": 7, "output": "x"}, "record 5: its input"),
     ],
 )
 def test_a_record_with_a_fault_is_named_by_number_and_field(tmp_path, record, clue):
