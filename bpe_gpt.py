@@ -1639,8 +1639,8 @@ def main():
         given["resume"] = False
     if restarts and not given.get("resume") and Path(out).exists():
         # Go on with what this same run has saved, and as it was, whatever --minutes made of it.
-        checkpoint = load_checkpoint(out, "bpe_gpt")
-        given["resume"] = checkpoint.get("run") == os.environ["TORCHELASTIC_RUN_ID"]
+        saved_by = load_checkpoint(out, "bpe_gpt").get("run")
+        given["resume"] = saved_by == os.environ["TORCHELASTIC_RUN_ID"]
         for name in ("minutes", "max_iters", "eval_interval") if given["resume"] else ():
             given.pop(name, None)
     if given.get("resume"):
