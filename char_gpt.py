@@ -63,7 +63,7 @@ class GPTConfig:
     seed: int = 1337  # the same seed gives the same run
     batch_size: int = 16  # sequences in a batch
     block_size: int = 256  # characters in a sequence: how far back the model can look
-    max_iters: int = 1800  # training steps, one batch each
+    max_iters: int = 1500  # training steps, one batch each
     minutes: float = 0.0  # train for about so long, in as many steps as fit in; 0: by max_iters
     eval_interval: int = 200  # training steps between evaluations
     learning_rate: float = 0.006  # of AdamW, which trains embeddings, gains and biases
