@@ -454,7 +454,8 @@ def plot_curves(curves, path):
     axis.set_ylabel("loss (nats per token)")
     axis.set_xlim(left=0)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    # Above the picture, where it hides nothing.
+    axis.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     right = axis.twinx()
     right.set_yticks(axis.get_yticks(), [f"{math.exp(min(y, 50)):.3g}" for y in axis.get_yticks()])
     right.set_ylim(axis.get_ylim())
