@@ -53,6 +53,7 @@ class BigramConfig:
     eval_interval: int = 100  # training steps between evaluations
     learning_rate: float = 0.3  # how far the first step goes; later ones shrink towards zero
 
+    # Of the numbers. (Without a type, this is not a setting itself.)
     may_be_zero = {"seed"}
 
     def __post_init__(self):

@@ -90,6 +90,7 @@ class GPTConfig:
     weight_decay: float = 0.1  # pull of the matrices towards zero, per unit of learning rate
     grad_clip: float = 1.0  # a gradient (of all weights together) longer than this is shortened
 
+    # Of the numbers. (Without a type, this is not a setting itself.)
     may_be_zero = {"dropout", "stride", "seed", "warmup_iters", "weight_decay"}
     may_be_zero |= {"minutes", "muon_learning_rate"}
 
@@ -639,10 +640,7 @@ def windows(data, config, stride=0):
     T = min(config.block_size, len(data) - 1)
     last = len(data) - 1 - T  # the last window ends with the text
     starts = [*range(0, last, stride or T), last]
-    ends = [
-        0,
-        *(start + T for start in starts),
-    ]  # ends[i]: before window i, the text has counted up to there
+    ends = [0, *(start + T for start in starts)]  # window i counts from ends[i] on
     for i in range(0, len(starts), config.batch_size):
         batch = starts[i : i + config.batch_size]
         tokens = data[np.reshape(batch, (-1, 1)) + np.arange(T + 1)]  # (B, T + 1)
@@ -736,7 +734,7 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         forward = nn.parallel.DistributedDataParallel(forward)
     interrupts = catch_interrupts()
     done, started = first, time.perf_counter()
-    if config.minutes:  # set_steps() will settle it, when a tenth of the time is over or 10 steps
+    if config.minutes:  # set_steps() needs 11 steps, or a tenth of the time, to settle their number
         config.max_iters = max(config.max_iters, done + 12)
     while done < config.max_iters:
         step = done
@@ -779,7 +777,8 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
             started = time.perf_counter()  # the first step is slow, and does not count
         else:
             print_progress(done, step - first, y.numel(), step_loss, started, config)
-        if step == first + 10 or (config.minutes and elapsed > 6 * config.minutes):
+        is_tenth = config.minutes and elapsed > 60 * config.minutes / 10  # of the time, in seconds
+        if step == first + 10 or is_tenth:
             seconds = elapsed / max(step - first, 1)  # per step
             if config.minutes:
                 n_val_tokens = sum(y.numel() for _, y in windows(val_data, config))

@@ -72,6 +72,7 @@ class GPTConfig:
     weight_decay: float = 0.1  # pull of the matrices towards zero, per unit of learning rate
     grad_clip: float = 1.0  # a gradient (of all weights together) longer than this is shortened
 
+    # Of the numbers. (Without a type, this is not a setting itself.)
     may_be_zero = {"dropout", "minutes", "seed", "warmup_iters", "weight_decay"}
 
     def __post_init__(self):
@@ -486,7 +487,7 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
             forward = try_compile(model, *get_batch(train_data, config, first))
     interrupts = catch_interrupts()
     done = first
-    if config.minutes:  # set_steps() will settle it, when a tenth of the time is over or 10 steps
+    if config.minutes:  # set_steps() needs 11 steps, or a tenth of the time, to settle their number
         config.max_iters = max(config.max_iters, done + 12)
     while done < config.max_iters:
         step = done
@@ -516,7 +517,8 @@ def train(model, tokenizer, train_data, val_data, config, autocast, checkpoint):
         else:
             print_progress(done, step - first, y.numel(), loss.item(), started, config)
         elapsed = time.perf_counter() - started
-        if step == first + 10 or (config.minutes and elapsed > 6 * config.minutes):
+        is_tenth = config.minutes and elapsed > 60 * config.minutes / 10  # of the time, in seconds
+        if step == first + 10 or is_tenth:
             seconds = elapsed / max(step - first, 1)  # per step
             if config.minutes:
                 set_steps(config, first, seconds, n_val_tokens=len(val_data), n_tokens=y.numel())
