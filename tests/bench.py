@@ -13,6 +13,8 @@ of a whole training run. The clock stands still while a model is evaluated.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import re
@@ -39,7 +41,10 @@ ROWS = []
 
 def row(what, value, unit, baseline="", ratio=None):
     """One line of the table: a figure, and how it compares with a baseline."""
+    if math.isinf(value):
+        value, unit, ratio = None, "never", None
     ROWS.append(dict(what=what, value=value, unit=unit, baseline=baseline, ratio=ratio))
+    value = value or 0.0
     digits = 4 if unit == "loss" else 2 if value < 10 else 1 if value < 100 else 0
     compared = "" if ratio is None else f"{ratio:6.2f} x  "
     print(f"{what:58} {value:10,.{digits}f} {unit:10} {compared}{baseline}", flush=True)
@@ -127,7 +132,8 @@ def training(recipe, steps=None, every=None):
     step, seconds of all, validation loss or None) after each step; the loss is that of the whole
     split, every so many steps."""
     config, make_optimizers, share, dtype = recipe
-    text = char_gpt.load_text(config)
+    with contextlib.redirect_stdout(io.StringIO()):
+        text = char_gpt.load_text(config)
     tokenizer = char_gpt.CharTokenizer(text)
     train_data, val_data = [
         torch.tensor(tokenizer.encode(part), device=DEVICE) for part in char_gpt.split_text(text)
