@@ -23,7 +23,6 @@ import inspect
 import math
 import os
 import sys
-import tempfile
 import urllib.request
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-
 
 # ---- Configuration ------------------------------------------------------------------------------
 
@@ -46,7 +44,6 @@ class BigramConfig:
     seed: int = 1337  # the same seed gives the same run
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/bigram.pt"  # checkpoint, for sample.py
-
 
 # ---- Data ---------------------------------------------------------------------------------------
 
@@ -83,7 +80,6 @@ def get_batch(data, config, step):
     rng = np.random.default_rng((config.seed, step))
     tokens = windows[rng.integers(len(windows), size=config.batch_size)]  # (B, T + 1)
     return tokens[:, :-1], tokens[:, 1:]
-
 
 # ---- Model --------------------------------------------------------------------------------------
 
@@ -128,7 +124,6 @@ def count_bigrams(data, vocab_size, add=0):
     model.table.weight.data = (counts + add).float().log()
     return model
 
-
 # ---- Generation ---------------------------------------------------------------------------------
 
 def sample(logits):
@@ -146,13 +141,11 @@ def generate(model, idx, max_new_tokens, choose=sample):
         idx = torch.cat((idx, new), dim=1)
         yield new
 
-
 # ---- Training -----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(model, data, config):
-    """Mean loss over all of data, cut into windows of block_size tokens end to end. Random batches
-    would be quicker, but would give another number each time."""
+    """Mean loss over all of data, in windows of block_size tokens, end to end."""
     model.eval()
     windows = data.unfold(0, config.block_size + 1, config.block_size)  # (n, T + 1)
     rest = data[None, len(windows) * config.block_size :]  # a shorter window at the end
@@ -189,20 +182,34 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint):
 def report(checkpoint, model, tokenizer, val_data, config):
     """Print the latest losses, and what the model writes by now."""
     step, train_loss, val_loss = checkpoint["history"][-1]
-    # Longer tokens mean a higher loss per token. Per byte of the text, in bits (ln(2) each), the
-    # loss compares models with different vocabularies.
+    # In bits (ln(2) each) per byte of text, the loss compares models with different vocabularies.
     bits = val_loss / math.log(2) / checkpoint["bytes_per_token"]
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
     torch.manual_seed(config.seed)
     ids = [new.item() for new in generate(model, val_data.new_zeros(1, 1), 100)]  # from token 0 on
     print("    | " + tokenizer.decode(ids).strip().replace("\n", "\n    | "))
 
-
 # ---- Files and flags ----------------------------------------------------------------------------
 
 DATA = Path(__file__).resolve().parent / "data"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def write_whole(path, write):
+    """Call write(file) on a file of another name, then rename it: what is at path is whole."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name of this run's own
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, not only on its way there
+        temporary.replace(path)
+    except RuntimeError as error:  # torch.save hides what the system said
+        raise OSError(f"cannot write {path}: is the disk full?") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_text(path):
@@ -215,9 +222,7 @@ def load_text(path):
             content = urllib.request.urlopen(URL, timeout=10).read()
             if hashlib.sha256(content).hexdigest() != SHA256:
                 raise OSError("the download is damaged")
-            temporary = Path(f"{path}.{os.getpid()}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(path)  # it gets its name when it is whole
+            write_whole(path, lambda file: file.write(content))
     except (OSError, http.client.HTTPException) as error:
         print(f"no Tiny Shakespeare ({error}): using data/the-glass-harbour.txt")
         path = DATA / "the-glass-harbour.txt"
@@ -226,25 +231,10 @@ def load_text(path):
 
 def check_out(path):
     """Find out before training, not after it, whether a checkpoint can be saved at path."""
-    path = Path(path)
-    if path.suffix != ".pt" or path.exists() and not path.is_file():
+    if Path(path).suffix != ".pt" or Path(path).is_dir():
         raise ValueError(f"--out {path} must be a file whose name ends in .pt")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path.parent).close()
-
-
-def save_checkpoint(path, checkpoint):
-    """Write under another name, then rename: whatever happens, the file at path is whole."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name of this run's own
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            os.fsync(file.fileno())  # on the disk, not only on its way there
-        temporary.replace(path)
-    except RuntimeError as error:  # torch.save hides what the system said
-        raise OSError(f"cannot save {path}: is the disk full?") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(f"{path}.test", lambda file: None)
+    os.remove(f"{path}.test")
 
 
 def parse_flags(Config):
@@ -271,11 +261,11 @@ def main():
     print(f"{len(text):,} characters, {V} distinct: {V**2:,} parameters")
     val_loss = evaluate(model, val_data, config)
     print(f"before training: val loss {val_loss:.4f}; uniform: ln({V}) = {math.log(V):.4f}")
-    n_bytes = len(tokenizer.decode(val_data.tolist()).encode())
     checkpoint = dict(script="bigram", config=vars(config), vocab=tokenizer.chars, history=[],
-                      bytes_per_token=n_bytes / len(val_data))
+                      bytes_per_token=len(text[len(train_data) :].encode()) / len(val_data))
     train(model, train_data, val_data, tokenizer, config, checkpoint)
-    save_checkpoint(config.out, checkpoint | dict(model=model.state_dict()))
+    checkpoint["model"] = model.state_dict()
+    write_whole(config.out, lambda file: torch.save(checkpoint, file))
     for name, data, add in ("train", train_data, 0), ("val", val_data, 1):
         learned = evaluate(model, data, config)
         counted = evaluate(count_bigrams(train_data, V, add), data, config)
