@@ -65,7 +65,7 @@ class CharTokenizer:
 
 def split_data(data, config):
     """Train on the first 90%, validate on the rest. A model can lower its training loss by learning
-    the text by heart (overfitting). Only text it was not trained on shows what it understood."""
+    the text by heart (overfitting). Only other text shows what it has really learned."""
     n = int(0.9 * len(data))
     if len(data) - n <= config.block_size:
         raise ValueError(f"{len(data)} characters are too few for --block_size {config.block_size}")
@@ -76,7 +76,7 @@ def get_batch(data, config, step):
     """Inputs x and targets y for one step, both of shape (B, T): B = batch_size random stretches of
     T = block_size tokens, and the same stretches one token later. y[b, t] is the token that follows
     x[b, t], so each row is T exercises. Depends on (seed, step) alone: a run can be repeated."""
-    windows = data.unfold(0, config.block_size + 1, 1)  # all stretches of T + 1 tokens, not copied
+    windows = data.unfold(0, config.block_size + 1, 1)  # views of all stretches of T + 1 tokens
     rng = np.random.default_rng((config.seed, step))
     tokens = windows[rng.integers(len(windows), size=config.batch_size)]  # (B, T + 1)
     return tokens[:, :-1], tokens[:, 1:]
@@ -90,13 +90,13 @@ def cross_entropy(logits, targets):
     The logits (B, T, V) are scores, one for each of the V tokens of the vocabulary. Softmax turns
     them into probabilities: exp(score), divided by the sum of all exp(score). targets: (B, T)."""
     log_probs = logits.log_softmax(-1)  # (B, T, V): ln of softmax, along the last dimension
-    return -log_probs.gather(-1, targets[..., None]).mean()  # gather picks the target's entry
+    return -log_probs.gather(-1, targets[..., None]).mean()  # of V entries, that of the target
 
 
 class BigramLanguageModel(nn.Module):
     """Row i of the table holds the scores of every character that may follow character i. The table
     is an nn.Embedding: rows of parameters, looked up by number."""
-    block_size = 1  # how many tokens the model looks back on
+    block_size = 1  # its context: how many tokens it sees (those of BigramConfig are exercises)
 
     def __init__(self, config):
         super().__init__()
@@ -112,12 +112,12 @@ class BigramLanguageModel(nn.Module):
 
 def count_bigrams(data, vocab_size, add=0):
     """The best table for data, found without training: count how often each character follows each
-    other one, and make the scores ln(count). Softmax turns these back into frequencies.
+    other character, and make the scores ln(count). Softmax turns these back into frequencies.
 
-    No table does better: where character i stands, the gradient of the mean loss with respect to
-    row i is softmax(row i) minus the frequencies of what follows, zero when the two agree. The loss
-    that is left is the conditional entropy: the next character depends on more than the last one,
-    and a table sees no more. add=1 keeps pairs that are new in other text from being impossible."""
+    No table does better: averaged over the places of character i, the gradient with respect to row
+    i is softmax(row i) minus the frequencies of what follows, zero when the two agree. The loss
+    that remains, the conditional entropy, is what one character leaves open about the next, which
+    depends on more. add=1 keeps a pair that is not in data from getting probability 0."""
     pairs = data[:-1] * vocab_size + data[1:]  # a number for each pair of neighbours
     counts = torch.bincount(pairs, minlength=vocab_size**2).view(vocab_size, vocab_size)
     model = BigramLanguageModel(BigramConfig(vocab_size))
@@ -158,9 +158,9 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint):
     """Gradient descent. The gradient says how the loss changes with each parameter p: move them all
     a little against it, p -= lr * p.grad, and the loss falls. Repeat with the next batch. Each
     evaluation adds (step, training loss, validation loss) to the checkpoint's history."""
-    # Adam (Kingma & Ba 2015) moves p by a running mean of its gradients, which is less noisy than
-    # the last one, divided by their usual size (root mean square). So the rows of rare characters,
-    # whose gradients are small, learn as fast as the others.
+    # Adam (Kingma & Ba 2015) moves p by the running mean of its gradients, less noisy than the last
+    # one, divided by their root mean square. So the rows of rare characters, whose gradients are
+    # small, learn as fast as the others.
     optimizer = torch.optim.Adam(model.parameters())
     losses = []
     for step in range(config.max_iters):
@@ -182,7 +182,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint):
 def report(checkpoint, model, tokenizer, val_data, config):
     """Print the latest losses, and what the model writes by now."""
     step, train_loss, val_loss = checkpoint["history"][-1]
-    # In bits (ln(2) each) per byte of text, the loss compares models with different vocabularies.
+    # Divided by ln(2), in bits, and per byte of text, losses compare between vocabularies.
     bits = val_loss / math.log(2) / checkpoint["bytes_per_token"]
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
     torch.manual_seed(config.seed)
@@ -197,8 +197,8 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def write_whole(path, write):
-    """Call write(file) on a file of another name, then rename it: what is at path is whole."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name of this run's own
+    """Let write(file) fill a file of another name, then rename it: path is never half written."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name unique to this process
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
@@ -206,14 +206,14 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())  # on the disk, not only on its way there
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save hides what the system said
+    except RuntimeError as error:  # what torch.save makes of an OSError
         raise OSError(f"cannot write {path}: is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_text(path):
-    """The text at path, or Tiny Shakespeare, downloaded once, or else a play shipped with this."""
+    """The text at path, or Tiny Shakespeare, downloaded once, or else a play that comes with it."""
     if path:
         return Path(path).read_text(encoding="utf-8")
     path = DATA / "tinyshakespeare.txt"

@@ -50,7 +50,7 @@ class GPTConfig:
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads in a block
     n_embd: int = 768  # width: numbers that represent a token on its way through the blocks
-    block_size: int = 1024  # context: how many tokens the model looks back on
+    block_size: int = 1024  # context: how many tokens the model can see
     dropout: float = 0.1  # fraction of activations zeroed in training, against overfitting
     init: str = ""  # fine-tune gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder or a checkpoint
     batch_size: int = 16  # sequences that go through the model at once, as memory allows
@@ -61,7 +61,7 @@ class GPTConfig:
     muon_learning_rate: float = 0.02  # of Muon, for the matrices of the blocks; 0: AdamW for all
     warmup_iters: int = 50  # steps over which the learning rates rise from zero
     weight_decay: float = 0.1  # of the matrices
-    grad_clip: float = 1.0  # gradient clipping: its largest norm, so that no odd batch does harm
+    grad_clip: float = 1.0  # gradient clipping: shorten gradients of a larger norm than this
     seed: int = 1337  # the same seed gives the same run
     full: bool = False  # train the full model on a CPU too
     device: str = "auto"  # cuda, mps or cpu
@@ -418,8 +418,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP. Each adds its result to x, the residual stream that runs through all
     blocks. A sum passes gradients back unchanged, however many blocks there are (He et al. 2015).
-    Layer norm stands before each part, not after the sum as in the first transformers: there it
-    would rescale the stream itself, and every gradient on the way back."""
+    Layer norm stands before each part, and not, as in the first transformers, after the sum, where
+    it would rescale the stream itself and every gradient on its way back."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -447,17 +447,18 @@ class GPT(nn.Module):
             "ln_f": nn.LayerNorm(config.n_embd),
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Weight tying (Press & Wolf 2017): a token's score is the dot product of the last vector
-        # with the token's row of lm_head. The row that says at the input what a token is like can
-        # be compared with at the output: one table serves as both.
+        # Weight tying (Press & Wolf 2017): one table serves at both ends. At the input, a row says
+        # what its token is like; at the output, the dot product with the same row says how well the
+        # token fits.
         self.lm_head.weight = self.transformer.wte.weight
+        # Small weights give small scores: a random GPT, too, starts near the loss of ln(vocab_size).
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # small weights, small scores: at first a random GPT, too, guesses
-                nn.init.normal_(p, std=0.02)  # almost uniformly, with a loss near ln(vocab_size)
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-            if name.endswith("c_proj.weight"):  # 2 * n_layer of these add to the residual stream:
-                p.data /= math.sqrt(2 * config.n_layer)  # their sum gets the variance of one
+            if name.endswith("c_proj.weight"):  # 2 * n_layer of these add to the residual stream
+                p.data /= math.sqrt(2 * config.n_layer)  # so that the sum has the variance of one
 
     @classmethod
     def from_pretrained(cls, name_or_path, **settings):
@@ -597,8 +598,8 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     earlier = step == 0 and Path(config.out).exists()  # another run's model: keep it for now
     if step > 0:
         model.load_state_dict(last["model"])
-        for optimizer, state in zip(optimizers, last["optimizers"]):
-            optimizer.load_state_dict(state)
+        for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     forward = torch.compile(model) if config.compile and device.type == "cuda" else model
     caught, stop = catch_signals(), False
     while step < config.max_iters and not stop:
@@ -619,12 +620,12 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
             report(checkpoint, model, tokenizer, val_data, config)
         if RANK == 0 and (not losses or stop and not earlier):
             checkpoint["last"] = dict(step=step, losses=losses, model=model.state_dict(),
-                                      optimizers=[o.state_dict() for o in optimizers],
+                                      optimizers=[o.state_dict()["state"] for o in optimizers],
                                       seconds=time.perf_counter() - started)
             write_whole(config.out, lambda file: torch.save(checkpoint, file))
     if stop:
-        saved = "not saved, to keep an earlier run" if earlier else "--resume goes on from there"
-        sys.exit(f"stopped after step {step}: {saved}")
+        sys.exit(f"stopped after step {step}: "
+                 f"{'not saved, to keep an earlier run' if earlier else '--resume continues it'}")
 
 
 def show_progress(step, loss, n_tokens, fraction, started):
@@ -637,7 +638,7 @@ def show_progress(step, loss, n_tokens, fraction, started):
 
 
 def catch_signals():
-    """Returns a list that Ctrl-C or SIGTERM adds to: the step in hand can be finished and saved."""
+    """Returns a list that Ctrl-C or SIGTERM adds to, so that the current step can be finished."""
     caught = []
     def handler(number, frame):
         caught.append(number)
@@ -851,8 +852,8 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def write_whole(path, write):
-    """Call write(file) on a file of another name, then rename it: what is at path is whole."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name of this run's own
+    """Let write(file) fill a file of another name, then rename it: path is never half written."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name unique to this process
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
@@ -860,14 +861,14 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())  # on the disk, not only on its way there
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save hides what the system said
+    except RuntimeError as error:  # what torch.save makes of an OSError
         raise OSError(f"cannot write {path}: is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_text(path):
-    """The text at path, or Tiny Shakespeare, downloaded once, or else a play shipped with this."""
+    """The text at path, or Tiny Shakespeare, downloaded once, or else a play that comes with it."""
     if path:
         return Path(path).read_text(encoding="utf-8")
     path = DATA / "tinyshakespeare.txt"
@@ -899,7 +900,7 @@ def load_checkpoint(path, *scripts):
             return checkpoint
     except Exception:  # a damaged file can trip its reader in any way
         pass
-    raise ValueError(f"{path} is missing, damaged or no checkpoint of {' or '.join(scripts)}")
+    raise ValueError(f"{path} is missing, damaged or not a checkpoint of {' or '.join(scripts)}")
 
 
 def parse_flags(Config):
@@ -920,8 +921,8 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """Mixed precision: matrix products in bfloat16 where that is faster (half the bits of float32:
-    the same range, fewer digits); weights in float32, or small updates would be rounded away."""
+    """Mixed precision: matrix products in bfloat16, which has the range of float32 with fewer
+    digits, where that is faster; weights in float32, or small updates would be rounded away."""
     if name != "auto":
         return getattr(torch, name)
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -41,9 +41,9 @@ import torch.nn.functional as F
 class GPTConfig:
     vocab_size: int = 65  # number of distinct characters; taken from the text
     n_layer: int = 6  # transformer blocks
-    n_head: int = 6  # attention heads in a block
+    n_head: int = 6  # attention heads in a block; must divide n_embd
     n_embd: int = 384  # width: numbers that represent a token on its way through the blocks
-    block_size: int = 256  # context: how many characters the model looks back on
+    block_size: int = 256  # context: how many characters the model can see
     dropout: float = 0.2  # fraction of activations zeroed in training, against overfitting
     fused: bool = True  # use PyTorch's kernels for the formulas written out below
     batch_size: int = 16  # sequences in a step
@@ -54,7 +54,7 @@ class GPTConfig:
     muon_learning_rate: float = 0.025  # of Muon, for the matrices of the blocks
     warmup_iters: int = 10  # steps over which the learning rates rise from zero
     weight_decay: float = 0.1  # pull of the matrices towards zero, against overfitting
-    grad_clip: float = 1.0  # gradient clipping: its largest norm, so that no odd batch does harm
+    grad_clip: float = 1.0  # gradient clipping: shorten gradients of a larger norm than this
     seed: int = 1337  # the same seed gives the same run
     full: bool = False  # train the full model on a CPU too
     device: str = "auto"  # cuda, mps or cpu
@@ -88,7 +88,7 @@ class CharTokenizer:
 
 def split_data(data, config):
     """Train on the first 90%, validate on the rest. A model can lower its training loss by learning
-    the text by heart (overfitting). Only text it was not trained on shows what it understood."""
+    the text by heart (overfitting). Only other text shows what it has really learned."""
     n = int(0.9 * len(data))
     if len(data) - n <= config.block_size:
         raise ValueError(f"{len(data)} characters are too few for --block_size {config.block_size}")
@@ -99,7 +99,7 @@ def get_batch(data, config, step):
     """Inputs x and targets y for one step, both of shape (B, T): B = batch_size random stretches of
     T = block_size tokens, and the same stretches one token later. y[b, t] is the token that follows
     x[b, t], so each row is T exercises. Depends on (seed, step) alone: a run can be repeated."""
-    windows = data.unfold(0, config.block_size + 1, 1)  # all stretches of T + 1 tokens, not copied
+    windows = data.unfold(0, config.block_size + 1, 1)  # views of all stretches of T + 1 tokens
     rng = np.random.default_rng((config.seed, step))
     tokens = windows[rng.integers(len(windows), size=config.batch_size)]  # (B, T + 1)
     return tokens[:, :-1], tokens[:, 1:]
@@ -124,21 +124,22 @@ class LayerNorm(nn.Module):
 
 class GELU(nn.Module):
     """The activation function: a smooth max(0, x). Without a nonlinearity between them, two linear
-    maps would be no more than one. Hendrycks & Gimpel 2016, in their approximation with tanh."""
+    maps in a row would equal a single one. Hendrycks & Gimpel 2016, in their approximation with tanh."""
     def forward(self, x):
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def attention(q, k, v):
-    """Each token collects information from itself and the tokens before it. Its query is compared
-    with their keys by dot products; softmax turns these scores into attention weights, which sum to
-    1; the result is the weighted mean of their values. q, k, v and the result are all
+    """Each token collects information from itself and the tokens before it. A token has a query
+    (what it looks for), a key (what it can be found by) and a value (what it passes on). Dot
+    products compare its query with their keys; softmax turns these scores into attention weights,
+    which sum to 1; the result is the weighted mean of their values. q, k, v and the result are all
     (B, n_head, T, head_size). Vaswani et al. 2017, section 3.2.1."""
     T, head_size = q.shape[-2:]
-    # The variance of a dot product grows with head_size; dividing by the root undoes that. Large
-    # scores would saturate the softmax, and its gradient would vanish.
+    # The variance of a dot product grows with head_size; dividing by sqrt(head_size) undoes that.
+    # Large scores would saturate the softmax, and its gradient would vanish.
     scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T)
-    # Causal mask: what follows a token is what it has to predict. exp(-inf) gives it weight 0.
+    # Causal mask: a token must not see what it has to predict. A score of -inf gives weight 0.
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # column <= row
     return scores.masked_fill(~visible, -math.inf).softmax(-1) @ v
 
@@ -157,7 +158,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
-        if self.fused and x.device.type != "cpu":  # on a CPU, in bfloat16, the formula is faster
+        if self.fused and x.device.type != "cpu":  # on a CPU the formula is faster
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             y = attention(q, k, v)
@@ -180,8 +181,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP. Each adds its result to x, the residual stream that runs through all
     blocks. A sum passes gradients back unchanged, however many blocks there are (He et al. 2015).
-    Layer norm stands before each part, not after the sum as in the first transformers: there it
-    would rescale the stream itself, and every gradient on the way back."""
+    Layer norm stands before each part, and not, as in the first transformers, after the sum, where
+    it would rescale the stream itself and every gradient on its way back."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config)
@@ -209,17 +210,18 @@ class GPT(nn.Module):
             "ln_f": LayerNorm(config),
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Weight tying (Press & Wolf 2017): a token's score is the dot product of the last vector
-        # with the token's row of lm_head. The row that says at the input what a token is like can
-        # be compared with at the output: one table serves as both.
+        # Weight tying (Press & Wolf 2017): one table serves at both ends. At the input, a row says
+        # what its token is like; at the output, the dot product with the same row says how well the
+        # token fits.
         self.lm_head.weight = self.transformer.wte.weight
+        # Small weights give small scores: a random GPT, too, starts near the loss of ln(vocab_size).
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # small weights, small scores: at first a random GPT, too, guesses
-                nn.init.normal_(p, std=0.02)  # almost uniformly, with a loss near ln(vocab_size)
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-            if name.endswith("c_proj.weight"):  # 2 * n_layer of these add to the residual stream:
-                p.data /= math.sqrt(2 * config.n_layer)  # their sum gets the variance of one
+            if name.endswith("c_proj.weight"):  # 2 * n_layer of these add to the residual stream
+                p.data /= math.sqrt(2 * config.n_layer)  # so that the sum has the variance of one
 
     def forward(self, idx, targets=None):
         """Tokens idx (B, T) to logits (B, T, vocab_size); with targets (B, T), also the loss."""
@@ -267,9 +269,9 @@ def evaluate(model, data, config):
 
 
 def make_optimizers(model, config):
-    """Muon (Jordan et al. 2024) for the blocks' matrices: it steps by the orthogonal matrix nearest
-    to a running mean of the gradient, so all directions learn equally fast, not only the dominant
-    few. AdamW (Adam with weight decay, here 0) for gains, biases, embeddings (rows of tokens)."""
+    """Muon (Jordan et al. 2024) for the blocks' matrices: it replaces the mean gradient by the
+    nearest orthogonal matrix, so that weak directions move as far as the few dominant ones. AdamW
+    (Adam with weight decay, here 0) for gains, biases, and embeddings, whose rows are tokens."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         (matrices if ".h." in name and p.dim() == 2 else others).append(p)
@@ -305,7 +307,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     """Train from where the checkpoint stands; save it at every evaluation and at Ctrl-C. It holds
     the weights with the lowest validation loss ("model"; later ones may overfit) and the state of
     the run ("last"): weights, the optimizers' running averages, step, losses not yet reported. This
-    is all that enters into the next step, so that a resumed run is the same run, bit for bit."""
+    is all that the next step depends on: a resumed run is the same run, bit for bit."""
     optimizers = make_optimizers(model, config)
     history, last = checkpoint["history"], checkpoint["last"]
     step, losses, started = last["step"], last["losses"], time.perf_counter() - last["seconds"]
@@ -313,9 +315,9 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     if step > 0:
         model.load_state_dict(last["model"])
         for optimizer, state in zip(optimizers, last["optimizers"]):
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     forward = torch.compile(model) if config.compile and train_data.is_cuda else model
-    stop = catch_signals()
+    caught, stop = catch_signals(), False
     def progress():  # the fraction of the run that is over
         seconds = time.perf_counter() - started
         return seconds / 60 / config.minutes if config.minutes else step / config.max_iters
@@ -324,7 +326,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
         x, y = get_batch(train_data, config, step)
         losses.append(training_step(forward, optimizers, x, y, step, fraction, config, autocast))
         step += 1
-        fraction = progress()
+        fraction, stop = progress(), len(caught) > 0
         show_progress(step, losses[-1], y.numel(), fraction, started)
         if step % config.eval_interval == 0 or fraction >= 1:
             with autocast:
@@ -336,12 +338,12 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
             report(checkpoint, model, tokenizer, val_data, config)
         if not losses or stop and not earlier:
             checkpoint["last"] = dict(step=step, losses=losses, model=model.state_dict(),
-                                      optimizers=[o.state_dict() for o in optimizers],
+                                      optimizers=[o.state_dict()["state"] for o in optimizers],
                                       seconds=time.perf_counter() - started)
             write_whole(config.out, lambda file: torch.save(checkpoint, file))
     if stop:
-        saved = "not saved, to keep an earlier run" if earlier else "--resume goes on from there"
-        sys.exit(f"stopped after step {step}: {saved}")
+        sys.exit(f"stopped after step {step}: "
+                 f"{'not saved, to keep an earlier run' if earlier else '--resume continues it'}")
 
 
 def show_progress(step, loss, n_tokens, fraction, started):
@@ -354,7 +356,7 @@ def show_progress(step, loss, n_tokens, fraction, started):
 
 
 def catch_signals():
-    """Returns a list that Ctrl-C or SIGTERM adds to: the step in hand can be finished and saved."""
+    """Returns a list that Ctrl-C or SIGTERM adds to, so that the current step can be finished."""
     caught = []
     def handler(number, frame):
         caught.append(number)
@@ -367,7 +369,7 @@ def catch_signals():
 def report(checkpoint, model, tokenizer, val_data, config):
     """Print the latest losses, and what the model writes by now."""
     step, train_loss, val_loss = checkpoint["history"][-1]
-    # In bits (ln(2) each) per byte of text, the loss compares models with different vocabularies.
+    # Divided by ln(2), in bits, and per byte of text, losses compare between vocabularies.
     bits = val_loss / math.log(2) / checkpoint["bytes_per_token"]
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
     torch.manual_seed(config.seed)
@@ -382,8 +384,8 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def write_whole(path, write):
-    """Call write(file) on a file of another name, then rename it: what is at path is whole."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name of this run's own
+    """Let write(file) fill a file of another name, then rename it: path is never half written."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name unique to this process
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
@@ -391,14 +393,14 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())  # on the disk, not only on its way there
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save hides what the system said
+    except RuntimeError as error:  # what torch.save makes of an OSError
         raise OSError(f"cannot write {path}: is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_text(path):
-    """The text at path, or Tiny Shakespeare, downloaded once, or else a play shipped with this."""
+    """The text at path, or Tiny Shakespeare, downloaded once, or else a play that comes with it."""
     if path:
         return Path(path).read_text(encoding="utf-8")
     path = DATA / "tinyshakespeare.txt"
@@ -430,7 +432,7 @@ def load_checkpoint(path, *scripts):
             return checkpoint
     except Exception:  # a damaged file can trip its reader in any way
         pass
-    raise ValueError(f"{path} is missing, damaged or no checkpoint of {' or '.join(scripts)}")
+    raise ValueError(f"{path} is missing, damaged or not a checkpoint of {' or '.join(scripts)}")
 
 
 def parse_flags(Config):
@@ -451,8 +453,8 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """Mixed precision: matrix products in bfloat16 where that is faster (half the bits of float32:
-    the same range, fewer digits); weights in float32, or small updates would be rounded away."""
+    """Mixed precision: matrix products in bfloat16, which has the range of float32 with fewer
+    digits, where that is faster; weights in float32, or small updates would be rounded away."""
     if name != "auto":
         return getattr(torch, name)
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -478,10 +480,11 @@ def main():
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     text = load_text(config.data)
-    fixed = [hashlib.sha256(text.encode()).hexdigest(), config.n_layer, config.n_head,
-             config.n_embd, config.block_size]
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    fixed = (f"n_layer {config.n_layer}, n_head {config.n_head}, n_embd {config.n_embd}, "
+             f"block_size {config.block_size}, a text of SHA-256 {digest:.8}")
     if checkpoint.get("fixed", fixed) != fixed:
-        raise ValueError(f"the run in {config.out} has another text or size: --resume keeps both")
+        raise ValueError(f"--resume: the run has {checkpoint['fixed']}; this is {fixed}")
     tokenizer = CharTokenizer(text)
     config.vocab_size = V = len(tokenizer.chars)
     train_data, val_data = split_data(torch.tensor(tokenizer.encode(text), device=device), config)

@@ -33,6 +33,9 @@ def child(command, cwd, environment, files):
             runpy.run_path(command[0], run_name="__main__")
     except SystemExit as end:
         status = end.code or 0
+        if isinstance(status, str):  # as Python does
+            print(status, file=sys.stderr)
+            status = 1
     except BaseException:
         traceback.print_exc()
         status = 1

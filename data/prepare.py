@@ -1,0 +1,101 @@
+"""Text files of any size as tokens for bpe_gpt.py, which then need not fit into memory.
+
+    python data/prepare.py corpus/*.txt --out data/corpus --val_share 0.001
+    python bpe_gpt.py --full --data data/corpus
+
+Each file is a document, and the token <|endoftext|> follows it; where that word stands in a text,
+a document ends there too. The folder gets GPT-2's tokens as 16-bit integers, one after the other:
+the last of them (a tenth, or what --val_share says) in val.bin, all others in train.bin.
+"""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["numpy", "tiktoken"]
+# ///
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+
+def load_tokenizer():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(__file__).resolve().parent / "tiktoken"))
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # by the network, in many ways
+        raise OSError(f"cannot fetch GPT-2's vocabulary ({type(error).__name__})") from None
+
+
+def pieces(file, size=1 << 20):
+    """The text of a file in pieces, which one by one give the same tokens as all at once: GPT-2
+    joins a space to the word after it, never to the one before, so a piece may end at a word."""
+    rest = ""
+    while more := file.read(size + len(rest)):  # doubled while no place is found, so as to be quick
+        rest += more
+        if piece := re.match(r".*\S(?=[ \n])", rest, re.DOTALL):  # up to the last such place
+            yield piece[0]
+            rest = rest[piece.end() :]
+    yield rest
+
+
+def write_tokens(paths, tokenizer, out):
+    """Write the tokens of all files to the file out; return how many they are."""
+    n_bytes = sum(path.stat().st_size for path in paths)  # before hours of work: are all there?
+    for path in paths:
+        with open(path, encoding="utf-8") as file:  # Windows' line ends, \r\n, are read as \n
+            try:
+                for text in pieces(file):
+                    tokens = tokenizer.encode(text, allowed_special="all")
+                    out.write(np.array(tokens, dtype="<u2").tobytes())
+                    if sys.stderr.isatty():
+                        n = out.tell() // 2
+                        print(f"{path.name}: {n:,} tokens of {n_bytes / 1e6:,.0f} MB of text",
+                              end=" \r", file=sys.stderr, flush=True)
+            except UnicodeDecodeError:
+                raise ValueError(f"{path} is not text in UTF-8") from None
+        out.write(np.array([tokenizer.eot_token], dtype="<u2").tobytes())
+    return out.tell() // 2
+
+
+def main():
+    sys.stdout.reconfigure(errors="replace")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="texts in UTF-8")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the tokens")
+    parser.add_argument("--val_share", default=0.1, type=float, help="part of val.bin (%(default)s)")
+    args = parser.parse_args()
+    if not 0 < args.val_share < 1:
+        raise ValueError(f"--val_share is {args.val_share}, but must be between 0 and 1")
+    tokenizer = load_tokenizer()
+    args.out.mkdir(parents=True, exist_ok=True)
+    paths = [args.out / "train.bin", args.out / "val.bin"]
+    temporary = [Path(f"{path}.{os.getpid()}.tmp") for path in paths]  # names of this run's own
+    try:
+        with open(temporary[0], "w+b") as train, open(temporary[1], "wb") as val:
+            n = write_tokens(args.files, tokenizer, train)
+            if n < 4:  # two on either side: one to see, one to predict
+                raise ValueError(f"{n} tokens are too few: train.bin and val.bin need 2 each")
+            # Only now it is known how many tokens a share of them is.
+            n_val = min(max(round(args.val_share * n), 2), n - 2)
+            train.seek(2 * (n - n_val))
+            shutil.copyfileobj(train, val)
+            train.truncate(2 * (n - n_val))
+        for path, new in zip(paths, temporary):  # files of an earlier run stay whole until here
+            new.replace(path)
+    finally:
+        for new in temporary:
+            new.unlink(missing_ok=True)
+    print(f"{n - n_val:,} tokens to train on, {n_val:,} to validate on: {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
