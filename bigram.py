@@ -234,7 +234,7 @@ def check_out(path):
     if Path(path).suffix != ".pt" or Path(path).is_dir():
         raise ValueError(f"--out {path} must be a file whose name ends in .pt")
     write_whole(f"{path}.test", lambda file: None)
-    os.remove(f"{path}.test")
+    Path(f"{path}.test").unlink(missing_ok=True)  # another process may have been quicker
 
 
 def parse_flags(Config):

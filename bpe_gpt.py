@@ -70,8 +70,8 @@ class GPTConfig:
     resume: bool = False  # go on from the checkpoint, if there is one
     data: str = ""  # text file, or folder of train.bin and val.bin; default: Tiny Shakespeare
     instructions: str = ""  # JSON file of instructions with responses, to learn from instead
-    stride: int = 0  # tokens from one window to the next; 0: random, and end to end in evaluation
-    eval_only: bool = False  # print the loss over all of the data, and end
+    stride: int = 0  # tokens from window to window; 0: train at random places, evaluate end to end
+    eval_only: bool = False  # print the loss over all of a text (of a folder, its val.bin), and end
     export: str = ""  # write the model to this folder in Hugging Face's format, and end
     out: str = "out/bpe_gpt.pt"  # checkpoint, for sample.py, --resume and --init
 
@@ -90,13 +90,13 @@ CPU_SETTINGS = dict(
     vocab_size=1024, n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=32,
     total_batch_size=2048, max_iters=2400, eval_interval=400, learning_rate=0.002,
     muon_learning_rate=0.025)
-# Fine-tuning takes few and small steps, so that the model learns the text and forgets little else;
+# Fine-tuning takes few, small steps, so that the model learns the text and forgets little else;
 # and not by Muon, which changes all directions of a matrix, also those that are right as they are.
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
     muon_learning_rate=0.0, warmup_iters=5)
-# On top of these with --instructions. block_size, which from scratch has to hold a prompt and its
-# response, is the model's own in fine-tuning.
+# On top of these with --instructions. From scratch, the context must hold a prompt and its
+# response; in fine-tuning it is the model's own.
 INSTRUCTION_SETTINGS = dict(
     block_size=256, batch_size=8, total_batch_size=8192, max_iters=130, eval_interval=65)
 
@@ -106,7 +106,7 @@ INSTRUCTION_SETTINGS = dict(
 # token of GPT-2 is in between: a string of bytes that is frequent, from one byte to a long word.
 
 # A text is first split into words: letters (\p{L}), digits (\p{N}) or other marks, each with the
-# space before it. No token crosses from one word into the next.
+# space before it; endings such as 's; white space. No token crosses from one word into the next.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The first 256 tokens are the single bytes, so that any text can be written. GPT-2 begins with
 # those that are printable characters in Latin-1.
@@ -123,9 +123,9 @@ def train_bpe(text, vocab_size):
     pair of adjacent tokens into a new token; repeat.
 
     For example, "low lower lowest" is split into "low", " lower" and " lowest". The pairs l-o and
-    o-w occur 3 times each; l-o comes first in the order of tokens, and becomes the token "lo". The
-    next merges are lo-w (3 times), space-low and " low"-e (twice each). Then no pair occurs twice,
-    and learning ends."""
+    o-w occur 3 times each. Of equals, the pair with the lower token numbers goes first: l-o becomes
+    the token "lo". The next merges are lo-w (3 times), space-low and " low"-e (twice each). Then no
+    pair occurs twice, and learning ends."""
     tokens = [bytes([b]) for b in BYTES]
     frequencies = Counter(regex.findall(WORDS, text))
     words = {word: [BYTES.index(b) for b in word.encode()] for word in frequencies}
@@ -163,8 +163,8 @@ def merge(ids, pair, new):
 
 
 def make_tokenizer(tokens):
-    """tiktoken encodes as training went: each word starts as single bytes, and of all pairs that
-    make a token, the one whose token was learned first is merged first."""
+    """tiktoken repeats the merges in the order in which they were learned: each word starts as
+    single bytes, and of all pairs that make a token, the one with the lowest number is merged."""
     ranks = {token: i for i, token in enumerate(tokens)}
     special = {END_OF_TEXT: ranks.pop(END_OF_TEXT.encode())}
     return tiktoken.Encoding("bpe", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
@@ -175,7 +175,7 @@ def gpt2_tokenizer():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken"))
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # by the network, in many ways
+    except Exception as error:  # the network fails in many ways
         raise OSError(f"cannot fetch GPT-2's vocabulary ({type(error).__name__}); --vocab_size 1024"
                       " learns one from the text") from None
 
@@ -202,7 +202,7 @@ class TextData:
 
     def __init__(self, tokens, config):
         if len(tokens) < 2:
-            raise ValueError("the text is too short: a part of it has less than two tokens")
+            raise ValueError("the text is too short: a part of it has fewer than two tokens")
         self.config, self.T = config, min(config.block_size, len(tokens) - 1)
         # All stretches of T + 1 tokens, not copied.
         self.stretches = np.lib.stride_tricks.sliding_window_view(tokens, self.T + 1)
@@ -225,7 +225,7 @@ class TextData:
         has it: a shorter stride gives it more context, and takes longer."""
         last = len(self.stretches) - 1
         starts = np.append(np.arange(0, last, self.stride or self.T), last)
-        n_new = np.diff(starts, prepend=-self.T)  # tokens of each window that are in none before it
+        n_new = np.diff(starts, prepend=-self.T)  # tokens in no earlier window (at first: all)
         for i in range(0, len(starts), self.config.batch_size):
             batch = slice(i, i + self.config.batch_size)
             x, y = self.cut(starts[batch])
@@ -238,10 +238,10 @@ class InstructionData:
     the response counts, and the end of text after it."""
     def __init__(self, records, tokenizer, config):
         self.prompts, self.config = [make_prompt(record) for record in records[:3]], config
-        rows = [encode_record(record, tokenizer)[: config.block_size] for record in records]
-        self.rows = [row for row in rows if row[-1, 1] >= 0]
+        rows = [encode_record(record, tokenizer) for record in records]
+        self.rows = [row for row in rows if len(row) <= config.block_size]
         if len(self.rows) < len(rows):
-            print(f"{len(rows) - len(self.rows)} prompts do not fit into block_size: left out")
+            print(f"{len(rows) - len(self.rows)} records do not fit into block_size: left out")
 
     def pad(self, rows):
         """Makes rows as long as the longest: adds at their end, where no token sees it."""
@@ -261,7 +261,7 @@ def sequences_per_step(config):
 
 
 def shuffled(sequences, step, config):
-    """Those of a step: each comes once in an epoch, and in another order in each epoch."""
+    """The sequences of a step. Each comes once in an epoch, in another order in each epoch."""
     B, n, chosen, epoch = sequences_per_step(config), len(sequences), [], -1
     for i in range(step * B, step * B + B):
         if i // n != epoch:
@@ -315,7 +315,7 @@ def read_records(path):
     if len(complete) < len(records):
         print(f"{len(records) - len(complete)} records without instruction or output: skipped")
     if len(complete) < 10:
-        raise ValueError(f"{path} has {len(complete)} records of use; at least 10 are needed")
+        raise ValueError(f"{path} has {len(complete)} usable records; at least 10 are needed")
     return complete
 
 
@@ -326,9 +326,8 @@ def load_instructions(config, tokenizer):
     np.random.default_rng(config.seed).shuffle(records)
     n = len(records) // (1 if config.eval_only else 10)
     train, val = records[n:], records[:n]
-    if tokenizer is None:
-        text = "\n".join(make_prompt(record) + record["output"] for record in train)
-        tokenizer = train_bpe(text, config.vocab_size)
+    text = "\n".join(make_prompt(record) + record["output"] for record in train)
+    tokenizer = tokenizer or train_bpe(text, config.vocab_size)
     print(f"{len(train)} records to train on, {len(val)} to validate on")
     return *(InstructionData(part, tokenizer, config) for part in (train, val)), tokenizer
 
@@ -394,8 +393,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_head, S, head_size)
-        # PyTorch's kernel is faster, but on a CPU for long texts only, and for a single new token.
-        if T == 1 or T == k.shape[2] and (T > 512 or x.device.type != "cpu"):
+        # PyTorch's kernel is faster on a GPU; on a CPU only for long texts, and for one new token.
+        if T == 1 or (T == k.shape[2] and (T > 512 or x.device.type != "cpu")):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         else:
             y = attention(q, k, v)
@@ -447,11 +446,10 @@ class GPT(nn.Module):
             "ln_f": nn.LayerNorm(config.n_embd),
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Weight tying (Press & Wolf 2017): one table serves at both ends. At the input, a row says
-        # what its token is like; at the output, the dot product with the same row says how well the
-        # token fits.
+        # Weight tying (Press & Wolf 2017): one table serves at both ends. At the input a row says
+        # what its token is like; at the output its dot product with x says how well it fits.
         self.lm_head.weight = self.transformer.wte.weight
-        # Small weights give small scores: a random GPT, too, starts near the loss of ln(vocab_size).
+        # Small weights give small scores: a random GPT, too, starts with a loss near ln(vocab_size)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -464,7 +462,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_path, **settings):
         """A trained model: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a folder in Hugging
         Face's format, or a checkpoint. Settings are fields of GPTConfig. Raises ValueError for what
-        is damaged or no GPT-2, OSError for what cannot be had."""
+        is damaged or not a GPT-2, OSError for what cannot be downloaded."""
         return load_pretrained(name_or_path, {}, settings)[0]
 
     def forward(self, idx, targets=None, caches=None):
@@ -497,8 +495,8 @@ def generate(model, idx, max_new_tokens, choose=sample):
     """Continue idx (B, T): predict, choose a token, append it, repeat. Yields each new (B, 1).
 
     The model reads idx once, then only what is new. When the context is full, it becomes a window
-    that moves on: each token gets another position, so nothing in the caches is right any more, and
-    the whole window is read anew."""
+    that moves on. Every token then gets another position, so that nothing in the caches is right
+    any more: from there on, the whole window is read again for each new token."""
     model.eval()
     caches = []
     for _ in range(max_new_tokens):
@@ -590,15 +588,15 @@ def training_step(model, optimizers, x, y, step, fraction, config, autocast):
 
 def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     """Train from where the checkpoint stands; save it at every evaluation and at Ctrl-C, as in
-    char_gpt.py. Of several processes the first saves, and all stop when one is stopped."""
+    char_gpt.py. With several processes, the first saves, and all stop when one is stopped."""
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     history, last = checkpoint["history"], checkpoint["last"]
     step, losses, started = last["step"], last["losses"], time.perf_counter() - last["seconds"]
-    earlier = step == 0 and Path(config.out).exists()  # another run's model: keep it for now
+    earlier = step == 0 and Path(config.out).exists()  # of another run: kept until an evaluation
     if step > 0:
         model.load_state_dict(last["model"])
-        for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
+        for optimizer, state in zip(optimizers, last["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     forward = torch.compile(model) if config.compile and device.type == "cuda" else model
     caught, stop = catch_signals(), False
@@ -649,12 +647,13 @@ def catch_signals():
 
 
 def bytes_per_token(data, tokenizer):
-    targets = torch.cat([y[y >= 0] for _, y in data.windows()]).tolist()
-    return len(tokenizer.decode_bytes(targets)) / len(targets)
+    targets = torch.cat([y[y >= 0] for _, y in data.windows()])
+    text = targets[targets != tokenizer.eot_token].tolist()  # its end has no bytes
+    return len(tokenizer.decode_bytes(text)) / len(targets)
 
 
 def describe(loss, bytes_per_token):
-    """The loss; perplexity, among how many tokens a uniform guess would do as badly; and bits per
+    """The loss; perplexity: a uniform guess among that many tokens has the same loss; and bits per
     byte of the text, which compare models with different vocabularies."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(loss):.2f}, {bits:.3f} bits/byte)"
@@ -680,8 +679,8 @@ def report(checkpoint, model, tokenizer, val_data, config):
 # nn.Linear computes x @ weight.T.
 CONV1D = "c_attn.weight", "c_proj.weight", "c_fc.weight"
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
-# What could be otherwise in config.json without changing any tensor, and would change the result.
-VARIANTS = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5,
+# Settings in config.json that change the result, but no tensor. Only these values are supported.
+VARIANTS = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
                 scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
 
 HUB = "https://huggingface.co/openai-community"
@@ -696,7 +695,7 @@ PUBLISHED = {  # revision, and SHA-256 of model.safetensors where it is known
 
 
 def find_weights(name_or_path):
-    """The file that has the weights. A published model's are downloaded, unless they are there."""
+    """The file that has the weights. A published model's is downloaded if it is missing."""
     path = Path(name_or_path)
     if name_or_path in SIZES:
         path = DATA / name_or_path / "model.safetensors"
@@ -718,7 +717,7 @@ def download(name, path):
             raise OSError("the download broke off, or is damaged")
     try:
         write_whole(path, write)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise OSError(f"cannot fetch {name} from {HUB}: {error}") from None
 
 
@@ -746,8 +745,8 @@ def load_pretrained(name_or_path, settings, given):
         model.lm_head.weight = model.transformer.wte.weight
         return model, tokenizer
     except Exception as error:  # a damaged file can trip its reader in any way
-        reason = " ".join(str(error).split())
-        raise ValueError(f"cannot load {path}: {type(error).__name__}: {reason:.300}") from None
+        raise ValueError(f"cannot load {path}: {type(error).__name__}: "
+                         f"{' '.join(str(error).split()):.300}") from None
 
 
 def find_tokenizer(model, tokenizer):
@@ -779,7 +778,7 @@ def read_safetensors(path):
     data = np.memmap(path, np.uint8, mode="c")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     for name, entry in json.loads(data[8:start].tobytes()).items():
-        if entry.get("dtype") in DTYPES:  # masks are of others, and metadata has none
+        if entry.get("dtype") in DTYPES:  # no masks (of other types), no metadata (of none)
             first, last = entry["data_offsets"]
             numbers = torch.from_numpy(data[start + first : start + last])
             yield name, numbers.view(DTYPES[entry["dtype"]]).view(entry["shape"])
@@ -796,7 +795,7 @@ def read_config(path):
 
 def export(model, tokenizer, folder):
     """Write the model so that transformers' GPT2LMHeadModel.from_pretrained(folder) opens it."""
-    folder = Path(folder)
+    print(f"writing {folder}, in Hugging Face's format")
     header, arrays, end = {"__metadata__": {"format": "pt"}}, [], 0
     for name, p in model.named_parameters():  # each once: lm_head is wte
         array = p.detach().numpy()
@@ -806,14 +805,13 @@ def export(model, tokenizer, folder):
         end += array.nbytes
     header = json.dumps(header).encode()
     header += b" " * (-len(header) % 8)  # so that the numbers begin at a multiple of 8
-    parts = len(header).to_bytes(8, "little"), header, *arrays
-    write_whole(folder / "model.safetensors", lambda file: file.writelines(parts))
+    arrays = len(header).to_bytes(8, "little"), header, *arrays
+    write_whole(folder / "model.safetensors", lambda file: file.writelines(arrays))
     config = {name: getattr(model.config, name) for name in SIZE_NAMES}
     config |= dict(VARIANTS, model_type="gpt2", n_positions=model.block_size,
                    bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     write_tokenizer(tokenizer, folder)
-    print(f"wrote {folder}, for transformers' GPT2LMHeadModel.from_pretrained")
 
 
 def write_tokenizer(tokenizer, folder):
@@ -833,9 +831,9 @@ def write_tokenizer(tokenizer, folder):
 
 
 def read_tokenizer(folder):
-    """From tokenizer.json, or else vocab.json; None where there is neither. The merges are not
+    """From vocab.json, or else tokenizer.json; None where there is neither. The merges are not
     read: as in GPT-2, their order is that of the tokens."""
-    files = [*folder.glob("tokenizer.json"), *folder.glob("vocab.json")]
+    files = [*folder.glob("vocab.json"), *folder.glob("tokenizer.json")]
     if not files:
         return None
     ranks = json.loads(files[0].read_text(encoding="utf-8"))
@@ -889,7 +887,7 @@ def check_out(path):
     if Path(path).suffix != ".pt" or Path(path).is_dir():
         raise ValueError(f"--out {path} must be a file whose name ends in .pt")
     write_whole(f"{path}.test", lambda file: None)
-    os.remove(f"{path}.test")
+    Path(f"{path}.test").unlink(missing_ok=True)  # another process may have been quicker
 
 
 def load_checkpoint(path, *scripts):
@@ -932,7 +930,8 @@ def pick_dtype(name, device):
 
 
 def start(given, device):
-    """Checkpoint, settings, model and tokenizer to start from; None for what is to be learned."""
+    """Checkpoint, settings, model and tokenizer to start from. The last two are None if they are
+    still to be learned."""
     small = device.type == "cpu" and not given.get("full")
     settings = FINE_TUNING_SETTINGS if given.get("init") else CPU_SETTINGS if small else {}
     settings = settings | (INSTRUCTION_SETTINGS if given.get("instructions") else {})
@@ -948,8 +947,8 @@ def start(given, device):
     if small:
         print("a CPU trains a small model; --full trains GPT-2 124M, --init gpt2 goes on from it")
     config = GPTConfig(**settings | given)
-    learned = config.vocab_size != GPTConfig.vocab_size
-    return checkpoint, config, None, None if learned else gpt2_tokenizer()
+    tokenizer = gpt2_tokenizer() if config.vocab_size == GPTConfig.vocab_size else None
+    return checkpoint, config, None, tokenizer
 
 
 def main():
@@ -960,7 +959,7 @@ def main():
         join_processes(device)
     checkpoint, config, model, tokenizer = start(given, device)
     if config.export:
-        return export(model, tokenizer, config.export)
+        return export(model, tokenizer, Path(config.export))
     load_data = load_instructions if config.instructions else load_tokens
     train_data, val_data, tokenizer = load_data(config, tokenizer)
     if model is None:

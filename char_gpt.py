@@ -124,17 +124,16 @@ class LayerNorm(nn.Module):
 
 class GELU(nn.Module):
     """The activation function: a smooth max(0, x). Without a nonlinearity between them, two linear
-    maps in a row would equal a single one. Hendrycks & Gimpel 2016, in their approximation with tanh."""
+    maps would equal a single one. Hendrycks & Gimpel 2016, in their approximation with tanh."""
     def forward(self, x):
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def attention(q, k, v):
-    """Each token collects information from itself and the tokens before it. A token has a query
-    (what it looks for), a key (what it can be found by) and a value (what it passes on). Dot
-    products compare its query with their keys; softmax turns these scores into attention weights,
-    which sum to 1; the result is the weighted mean of their values. q, k, v and the result are all
-    (B, n_head, T, head_size). Vaswani et al. 2017, section 3.2.1."""
+def attention(q, k, v):  # all of them, and the result, are (B, n_head, T, head_size)
+    """Each token collects information from itself and those before it. It has a query (what it is
+    looking for), a key (what it can be found by) and a value (what it passes on). Dot products
+    compare its query with their keys; softmax turns these scores into attention weights, which sum
+    to 1; the result is the weighted mean of their values. Vaswani et al. 2017, section 3.2.1."""
     T, head_size = q.shape[-2:]
     # The variance of a dot product grows with head_size; dividing by sqrt(head_size) undoes that.
     # Large scores would saturate the softmax, and its gradient would vanish.
@@ -210,11 +209,10 @@ class GPT(nn.Module):
             "ln_f": LayerNorm(config),
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Weight tying (Press & Wolf 2017): one table serves at both ends. At the input, a row says
-        # what its token is like; at the output, the dot product with the same row says how well the
-        # token fits.
+        # Weight tying (Press & Wolf 2017): one table serves at both ends. At the input a row says
+        # what its token is like; at the output its dot product with x says how well it fits.
         self.lm_head.weight = self.transformer.wte.weight
-        # Small weights give small scores: a random GPT, too, starts near the loss of ln(vocab_size).
+        # Small weights give small scores: a random GPT, too, starts with a loss near ln(vocab_size)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -311,7 +309,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     optimizers = make_optimizers(model, config)
     history, last = checkpoint["history"], checkpoint["last"]
     step, losses, started = last["step"], last["losses"], time.perf_counter() - last["seconds"]
-    earlier = step == 0 and Path(config.out).exists()  # another run's model: keep it for now
+    earlier = step == 0 and Path(config.out).exists()  # of another run: kept until an evaluation
     if step > 0:
         model.load_state_dict(last["model"])
         for optimizer, state in zip(optimizers, last["optimizers"]):
@@ -421,7 +419,7 @@ def check_out(path):
     if Path(path).suffix != ".pt" or Path(path).is_dir():
         raise ValueError(f"--out {path} must be a file whose name ends in .pt")
     write_whole(f"{path}.test", lambda file: None)
-    os.remove(f"{path}.test")
+    Path(f"{path}.test").unlink(missing_ok=True)  # another process may have been quicker
 
 
 def load_checkpoint(path, *scripts):
@@ -480,9 +478,8 @@ def main():
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     text = load_text(config.data)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    fixed = (f"n_layer {config.n_layer}, n_head {config.n_head}, n_embd {config.n_embd}, "
-             f"block_size {config.block_size}, a text of SHA-256 {digest:.8}")
+    fixed = (f"n_layer {config.n_layer}, n_head {config.n_head}, n_embd {config.n_embd}, block_size"
+             f" {config.block_size}, text {hashlib.sha256(text.encode()).hexdigest():.12}")
     if checkpoint.get("fixed", fixed) != fixed:
         raise ValueError(f"--resume: the run has {checkpoint['fixed']}; this is {fixed}")
     tokenizer = CharTokenizer(text)

@@ -45,7 +45,6 @@ def pieces(file, size=1 << 20):
 
 def write_tokens(paths, tokenizer, out):
     """Write the tokens of all files to the file out; return how many they are."""
-    n_bytes = sum(path.stat().st_size for path in paths)  # before hours of work: are all there?
     for path in paths:
         with open(path, encoding="utf-8") as file:  # Windows' line ends, \r\n, are read as \n
             try:
@@ -53,9 +52,7 @@ def write_tokens(paths, tokenizer, out):
                     tokens = tokenizer.encode(text, allowed_special="all")
                     out.write(np.array(tokens, dtype="<u2").tobytes())
                     if sys.stderr.isatty():
-                        n = out.tell() // 2
-                        print(f"{path.name}: {n:,} tokens of {n_bytes / 1e6:,.0f} MB of text",
-                              end=" \r", file=sys.stderr, flush=True)
+                        print(f"{path}: {out.tell() // 2:,} tokens", end=" \r", file=sys.stderr)
             except UnicodeDecodeError:
                 raise ValueError(f"{path} is not text in UTF-8") from None
         out.write(np.array([tokenizer.eot_token], dtype="<u2").tobytes())
@@ -68,10 +65,12 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="texts in UTF-8")
     parser.add_argument("--out", required=True, type=Path, help="folder for the tokens")
-    parser.add_argument("--val_share", default=0.1, type=float, help="part of val.bin (%(default)s)")
+    parser.add_argument("--val_share", default=0.1, type=float, help="default: 0.1")
     args = parser.parse_args()
     if not 0 < args.val_share < 1:
         raise ValueError(f"--val_share is {args.val_share}, but must be between 0 and 1")
+    for path in args.files:
+        open(path).close()  # a file that is missing is missed now, not after hours of work
     tokenizer = load_tokenizer()
     args.out.mkdir(parents=True, exist_ok=True)
     paths = [args.out / "train.bin", args.out / "val.bin"]

@@ -1,15 +1,15 @@
 """How fast the scripts are, beside what they are to be compared with, in one run on this machine:
 
-    python tests/bench.py                  # a table, in less than 15 minutes on two CPU cores
+    python tests/bench.py                  # a table, in about 20 minutes on two CPU cores
     python tests/bench.py --json speed.json
-    python tests/bench.py --only decode    # a part: limits, small, full, decode, load or finetune
+    python tests/bench.py --only decode    # or limits, small, full, bpe, load, finetune: one part
     python tests/bench.py --long           # trains the full character model too, to its end
 
 Baselines: the plain recipe, which is the same model trained with AdamW in float32 by nanoGPT's
 published settings; text without a cache; what the machine itself can do (matrix products, reading
 memory); and Hugging Face's GPT-2, where transformers is installed. The 124M model has random
 numbers for weights, which are as slow as any. Each time is the median of several, unless it is that
-of a whole training run. The clock stands still while a model is evaluated.
+of a whole training run. While a character model is evaluated, the clock stands still.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def row(what, value, unit, baseline="", ratio=None):
         value, unit, ratio = None, "never", None
     ROWS.append(dict(what=what, value=value, unit=unit, baseline=baseline, ratio=ratio))
     value = value or 0.0
-    digits = 4 if unit == "loss" else 2 if value < 10 else 1 if value < 100 else 0
+    digits = {"loss": 4, "bits/byte": 3}.get(unit, 2 if value < 10 else 1 if value < 100 else 0)
     compared = "" if ratio is None else f"{ratio:6.2f} x  "
     print(f"{what:58} {value:10,.{digits}f} {unit:10} {compared}{baseline}", flush=True)
 
@@ -95,12 +95,18 @@ def limits():
 # ---------------------------------------------------------------------------------------------
 # Training on characters
 
+# A recipe is a configuration, its optimizers, a schedule, and a precision. The steps of all are
+# those of char_gpt.py. The schedule gives the `fraction` that training_step() asks for, how much of
+# the run is over: after the warm-up the learning rates are 1 - fraction of the largest.
+
 
 def plain_recipe(size):
     """nanoGPT's published settings for Shakespeare's characters, on a CPU or full."""
-    small = dict(char_gpt.CPU_SETTINGS, batch_size=12, max_iters=2000, eval_interval=250)
-    full = dict(dropout=0.2, batch_size=64, max_iters=5000, eval_interval=250)
-    config = char_gpt.GPTConfig(**(small if size == "small" else full))
+    settings = dict(warmup_iters=100, eval_interval=250, compile=False)
+    if size == "small":
+        settings |= char_gpt.CPU_SETTINGS | dict(batch_size=12, max_iters=2000)
+    else:
+        settings |= dict(dropout=0.2, batch_size=64, max_iters=5000)
 
     def make_optimizers(model, config):
         groups = [
@@ -109,18 +115,17 @@ def plain_recipe(size):
         ]
         return [torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))]
 
-    def share(step, config):  # cosine from 1e-3 to 1e-4
-        through = max(step - 100, 0) / (config.max_iters - 100)
-        return min(step / 100, 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * through)))
+    def fraction(step, config):  # so that the rate falls as a cosine from 1e-3 to 1e-4
+        through = max(step - config.warmup_iters, 0) / (config.max_iters - config.warmup_iters)
+        return 0.9 * (0.5 - 0.5 * math.cos(math.pi * through))
 
-    return config, make_optimizers, share, torch.float32
+    return char_gpt.GPTConfig(**settings), make_optimizers, fraction, torch.float32
 
 
 def our_recipe(size, **settings):
     """What `python char_gpt.py`, or `--full`, does on this machine."""
-    settings = {**(char_gpt.CPU_SETTINGS if size == "small" else {}), **settings}
-    config = char_gpt.GPTConfig(**settings)
-    return config, char_gpt.make_optimizers, char_gpt.learning_rate_share, FAST
+    config = char_gpt.GPTConfig(**(char_gpt.CPU_SETTINGS if size == "small" else {}) | settings)
+    return config, char_gpt.make_optimizers, lambda step, config: step / config.max_iters, FAST
 
 
 def fused_attention(q, k, v):
@@ -131,35 +136,23 @@ def training(recipe, steps=None, every=None):
     """Trains as the recipe says, but for its first `steps` only, if given. Yields (seconds of this
     step, seconds of all, validation loss or None) after each step; the loss is that of the whole
     split, every so many steps."""
-    config, make_optimizers, share, dtype = recipe
+    config, make_optimizers, fraction, dtype = recipe
     with contextlib.redirect_stdout(io.StringIO()):
-        text = char_gpt.load_text(config)
+        text = char_gpt.load_text(config.data)
     tokenizer = char_gpt.CharTokenizer(text)
-    train_data, val_data = [
-        torch.tensor(tokenizer.encode(part), device=DEVICE) for part in char_gpt.split_text(text)
-    ]
+    config.vocab_size = len(tokenizer.chars)
+    data = torch.tensor(tokenizer.encode(text), device=DEVICE)
+    train_data, val_data = char_gpt.split_data(data, config)
     torch.manual_seed(config.seed)
-    model = forward = char_gpt.GPT(config).to(DEVICE)
+    model = char_gpt.GPT(config).to(DEVICE)
+    forward = torch.compile(model) if config.compile and DEVICE.type == "cuda" else model
     optimizers = make_optimizers(model, config)
     autocast = torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
-    if DEVICE.type == "cuda" and dtype != torch.float32:
-        with autocast:
-            forward = char_gpt.try_compile(model, *char_gpt.get_batch(train_data, config, 0))
     seconds = 0.0
     for step in range(steps or config.max_iters):
-        start = now()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = share(step, config) * optimizer.defaults["lr"]
+        start, over = now(), fraction(step, config)
         x, y = char_gpt.get_batch(train_data, config, step)
-        model.train()
-        with autocast:
-            _, loss = forward(x, y)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        char_gpt.training_step(forward, optimizers, x, y, step, over, config, autocast)
         took = now() - start
         seconds += took
         val_loss = None
@@ -241,13 +234,28 @@ def full(long):
     row("  all its steps", done[-1][0] / 60, "min")
     row("  validation loss, best", min(loss for _, loss in done), "loss")
     fast = time_to(goal, done)
-    row(
-        f"  until validation loss {goal}",
-        fast / 60,
-        "min",
-        "of 2,000 plain steps",
-        fast / 2000 / plain,
-    )
+    share = fast / 2000 / plain
+    row(f"  until validation loss {goal}", fast / 60, "min", "of 2,000 plain steps", share)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training on learned tokens
+
+
+def bpe(*flags):
+    """`python bpe_gpt.py` as it is on a CPU: the vocabulary, the training, and its samples."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/bpe_gpt.pt"
+        command = [sys.executable, bpe_gpt.__file__, "--device", "cpu", "--out", out, *flags]
+        start = now()
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        seconds = now() - start
+        checkpoint = bpe_gpt.load_checkpoint(out, "bpe_gpt")
+    best = min(loss for _, _, loss in checkpoint["history"])
+    row("bpe_gpt.py, from its start to its end, on the CPU", seconds, "s")
+    row("  training, evaluation and samples", checkpoint["last"]["seconds"], "s")
+    row("  validation loss, best", best, "loss")
+    row("  the same", best / math.log(2) / checkpoint["bytes_per_token"], "bits/byte")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -270,16 +278,9 @@ def tokens_per_second(model, n_rows, n_tokens):
     return statistics.median(speeds)
 
 
-def lay_out(model):
-    """As sample.py does after a change of precision: each matrix in the order of its rows."""
-    for p in model.parameters():
-        p.data = p.data.contiguous()
-    return model
-
-
 def decode(folder):
-    model = bpe_gpt.load_pretrained(folder)[0].to(DEVICE)
-    theirs = in_transformers(folder, "decode")
+    model = bpe_gpt.load_pretrained(folder, {}, {})[0].to(DEVICE).eval()
+    theirs = apart("decode", "all", folder) or {}
     prompt = torch.arange(16, device=DEVICE)[None]
     start, n = now(), 0
     with torch.no_grad():
@@ -292,20 +293,15 @@ def decode(folder):
     row("reading memory", bandwidth / 1e9, "GB/s")
     dtypes = [torch.float32, torch.bfloat16] + [torch.float16] * (DEVICE.type == "cpu")
     for dtype in dtypes:
-        model = lay_out(model.to(dtype))
+        model = model.to(dtype)
         name = str(dtype)[6:]
         one = tokens_per_second(model, 1, 60)
         n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        row(
-            f"124M, with the cache, {name}",
-            one,
-            "tokens/s",
-            "of reading all weights",
-            one * n_bytes / bandwidth,
-        )
-        for key, value in theirs.items():
-            if key == f"{name} 1":
-                row("  by transformers", value, "tokens/s", "(ours to theirs)", one / value)
+        share = one * n_bytes / bandwidth
+        row(f"124M, with the cache, {name}", one, "tokens/s", "of reading all weights", share)
+        if f"{name} 1" in theirs:
+            value = theirs[f"{name} 1"]
+            row("  by transformers", value, "tokens/s", "(ours to theirs)", one / value)
         if dtype == torch.bfloat16:
             eight = tokens_per_second(model, 8, 30)
             row(f"124M, 8 texts together, {name}", eight, "tokens/s", "of one", eight / one)
@@ -317,40 +313,43 @@ def decode(folder):
 def load(folder):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); import torch, bpe_gpt\n"
-        "start = time.perf_counter(); model, _ = bpe_gpt.load_pretrained(sys.argv[2])\n"
+        "start = time.perf_counter(); model, _ = bpe_gpt.load_pretrained(sys.argv[2], {}, {})\n"
         "next(bpe_gpt.generate(model, torch.zeros(1, 5, dtype=torch.long), 1))\n"
         "print(time.perf_counter() - start)"
     )
     command = [sys.executable, "-c", code, str(Path(bpe_gpt.__file__).parent), str(folder)]
-    times = [
-        float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(3)
-    ]
+    runs = [subprocess.run(command, stdout=subprocess.PIPE, check=True) for _ in range(3)]
+    times = [float(done.stdout) for done in runs]
     row("124M, from its file to the first token, float32", statistics.median(times), "s")
 
 
 def finetune_here(folder, name, dtype):
     """Prints the seconds of a training step of 4x256 tokens, and the peak of memory in bytes."""
     dtype = getattr(torch, dtype)
-    x = torch.randint(50257, (4, 257), device=DEVICE)
+    autocast = torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
+    tokens = torch.randint(50257, (4, 257), device=DEVICE)
+    x, y = tokens[:, :-1], tokens[:, 1:]
     if name == "ours":
-        config = dict(dropout=0.1, muon_learning_rate=0)
-        model = lay_out(bpe_gpt.load_pretrained(folder, **config)[0]).to(DEVICE).train()
-        optimizer = bpe_gpt.make_optimizers(model, model.config)[0]
-        loss_of = lambda: model(x[:, :-1], x[:, 1:])[1]
+        settings = bpe_gpt.FINE_TUNING_SETTINGS | dict(batch_size=len(x))
+        model = bpe_gpt.load_pretrained(folder, settings, {})[0].to(DEVICE)
+        optimizers = bpe_gpt.make_optimizers(model, model.config)
+
+        def step():
+            bpe_gpt.training_step(model, optimizers, x, y, 0, 0.0, model.config, autocast)
+
     else:
         from transformers import GPT2LMHeadModel
 
         model = GPT2LMHeadModel.from_pretrained(folder).to(DEVICE).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
-        loss_of = lambda: model(x[:, :-1], labels=x[:, :-1]).loss
 
-    def step():
-        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
-            loss = loss_of()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        def step():
+            optimizer.zero_grad()
+            with autocast:
+                loss = model(x, labels=x).loss  # they shift the labels themselves
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
 
     seconds = median_time(step)
     if DEVICE.type == "cuda":
@@ -361,33 +360,25 @@ def finetune_here(folder, name, dtype):
     print(json.dumps([seconds, peak]))
 
 
-def apart(*command):
-    """What bench.py prints for a part of it that runs in a process of its own; None if it fails."""
-    done = subprocess.run(
-        [sys.executable, __file__, *map(str, command)], capture_output=True, encoding="utf-8"
-    )
+def apart(name, *words):
+    """What bench.py prints for a part of it that runs in a process of its own; None if it fails,
+    as it does without transformers. Ours must not."""
+    ours = name == "ours"
+    command = [sys.executable, __file__, "--apart", name, *map(str, words)]
+    errors = None if ours else subprocess.DEVNULL
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, check=ours)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
 def finetune(folder):
     for dtype in dict.fromkeys(["float32", str(FAST)[6:]]):
-        seconds, peak = apart("--apart", "ours", dtype, folder)
+        seconds, peak = apart("ours", dtype, folder)
         row(f"124M, a training step of 4x256, {dtype}", 1024 / seconds, "tokens/s")
         row("  peak of memory", peak / 1e9, "GB")
-        theirs = apart("--apart", "transformers", dtype, folder)
-        if theirs:
-            row(
-                "  by transformers",
-                1024 / theirs[0],
-                "tokens/s",
-                "(ours to theirs)",
-                theirs[0] / seconds,
-            )
+        if theirs := apart("transformers", dtype, folder):
+            speed, ratio = 1024 / theirs[0], theirs[0] / seconds
+            row("  by transformers", speed, "tokens/s", "(ours to theirs)", ratio)
             row("  peak of memory", theirs[1] / 1e9, "GB", "(ours to theirs)", peak / theirs[1])
-
-
-def in_transformers(folder, what):
-    return apart("--apart", what, "all", folder) or {}
 
 
 def decode_in_transformers(folder):
@@ -400,21 +391,16 @@ def decode_in_transformers(folder):
         for n_rows in (1, 8):
             prompt = torch.arange(16, device=DEVICE).repeat(n_rows, 1)
             n = 60 if n_rows == 1 else 30
-            seconds = median_time(
-                lambda: model.generate(
-                    prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0
-                ),
-                repeats=3,
-            )
+            settings = dict(max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+            seconds = median_time(lambda: model.generate(prompt, **settings), repeats=3)
             speeds[f"{str(dtype)[6:]} {n_rows}"] = n_rows * n / seconds
     print(json.dumps(speeds))
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parts = ("limits", "small", "full", "decode", "load", "finetune")
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parts = ("limits", "small", "full", "bpe", "decode", "load", "finetune")
     parser.add_argument("--only", choices=parts, help="this part only")
     parser.add_argument("--long", action="store_true", help="train the full model to its end")
     parser.add_argument("--json", help="file for the same figures as data")
@@ -435,13 +421,15 @@ def main():
         small()
     if "full" in wanted:
         full(args.long)
+    if "bpe" in wanted:
+        bpe()
     if {"decode", "load", "finetune"} & set(wanted):
         with tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
-            tokenizer = bpe_gpt.make_tokenizer(
-                [*(bytes([b]) for b in bpe_gpt.BYTES), b"<|endoftext|>"]
-            )
-            bpe_gpt.export(bpe_gpt.GPT(bpe_gpt.GPTConfig()), tokenizer, folder)
+            tokens = [*(bytes([b]) for b in bpe_gpt.BYTES), bpe_gpt.END_OF_TEXT.encode()]
+            model = bpe_gpt.GPT(bpe_gpt.GPTConfig())
+            with contextlib.redirect_stdout(io.StringIO()):
+                bpe_gpt.export(model, bpe_gpt.make_tokenizer(tokens), Path(folder))
             if "decode" in wanted:
                 decode(folder)
             if "load" in wanted:

@@ -23,7 +23,7 @@ def child(command, cwd, environment, files):
         os.dup2(file.fileno(), number)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
-    sys.argv = command
+    sys.argv = [command[0], *command[2:]] if command[0] == "-c" else command
     status = 0
     try:
         if command[0] == "-c":

@@ -1,18 +1,17 @@
 """char_gpt.py: a transformer, its parts against PyTorch's own, and its training."""
 
 import math
+import os
 import re
 import signal
-import subprocess
 import sys
-import time
 from functools import partial
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import PLAY, one_line_error, run
+from conftest import PLAY, ROOT, one_line_error, run
 
 import char_gpt
 from char_gpt import (
@@ -27,11 +26,11 @@ from char_gpt import (
     LayerNorm,
     attention,
     evaluate,
-    learning_rate_share,
     load_checkpoint,
     make_optimizers,
-    split_text,
+    split_data,
     train,
+    training_step,
 )
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, dropout=0.0)
@@ -42,15 +41,15 @@ def build(**settings):
     return GPT(GPTConfig(**{**SMALL, **settings})).eval()
 
 
-# ---------------------------------------------------------------------------------------------
 # Shapes and sizes
 
 
 def test_every_part_keeps_the_shape_of_the_residual_stream():
     config = GPTConfig(**SMALL)
     x = torch.randn(3, 16, 32)
-    for part in (LayerNorm, GELU, CausalSelfAttention, MLP, Block):
+    for part in (LayerNorm, CausalSelfAttention, MLP, Block):
         assert part(config)(x).shape == (3, 16, 32), part
+    assert GELU()(x).shape == (3, 16, 32)
     q = torch.randn(3, 4, 16, 8)
     assert attention(q, q, q).shape == (3, 4, 16, 8)
 
@@ -92,16 +91,15 @@ def test_input_and_output_embeddings_are_one():
 
 
 def test_more_tokens_than_block_size_are_refused():
-    with pytest.raises(ValueError, match="block_size"):
+    with pytest.raises(ValueError, match="17 tokens do not fit"):
         build()(torch.zeros(1, 17, dtype=torch.long))
 
 
-# ---------------------------------------------------------------------------------------------
 # Before training
 
 
 @pytest.mark.parametrize("settings", [{}, CPU_SETTINGS], ids=["full", "small"])
-def test_before_training_the_loss_is_that_of_an_even_guess(settings):
+def test_before_training_the_loss_is_that_of_a_uniform_guess(settings):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**settings)).eval()
     idx = torch.randint(65, (4, model.block_size))
@@ -122,7 +120,6 @@ def test_weights_start_as_in_gpt2():
             assert p.std().item() == pytest.approx(std, rel=0.1), name
 
 
-# ---------------------------------------------------------------------------------------------
 # The parts written out by hand equal PyTorch's own, forward and backward
 
 
@@ -156,8 +153,8 @@ def test_layer_norm_equals_pytorch(fused):
         assert torch.allclose(p.grad, q.grad, rtol=1e-5)
 
 
-def test_gelu_equals_pytorch(fused):
-    same(GELU(GPTConfig(fused=fused)), nn.GELU(approximate="tanh"), torch.linspace(-6, 6, 99))
+def test_gelu_equals_pytorch():
+    same(GELU(), nn.GELU(approximate="tanh"), torch.linspace(-6, 6, 99))
 
 
 def test_attention_equals_pytorch():
@@ -232,7 +229,6 @@ def test_fused_and_by_hand_are_the_same_model():
         assert torch.allclose(p.grad, q.grad, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------
 # What a GPT may and may not know
 
 
@@ -273,7 +269,6 @@ def test_sequences_of_a_batch_do_not_mix():
     assert torch.allclose(together, alone, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------
 # Training
 
 
@@ -302,11 +297,46 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert all(re.search(r"c_(attn|proj|fc)\.weight$", name) for name in of_muon)
 
 
+def step_of(model, config, step=0, fraction=0.0, optimizers=None):
+    """One training step on a batch that is always the same; returns the loss."""
+    torch.manual_seed(0)
+    x = torch.randint(65, (4, 16))
+    optimizers = optimizers or make_optimizers(model, config)
+    autocast = torch.autocast("cpu", enabled=False)
+    return training_step(model, optimizers, x, x.roll(-1, 1), step, fraction, config, autocast)
+
+
 def test_the_learning_rate_rises_soon_and_falls_in_a_line_to_zero():
-    config = GPTConfig(warmup_iters=9, max_iters=100)
-    shares = [learning_rate_share(step, config) for step in range(100)]
-    assert shares[0] == pytest.approx(0.1) and shares[:10] == sorted(shares[:10])
-    assert shares[10:] == pytest.approx([1 - step / 100 for step in range(10, 100)])
+    model, config, rates = build(), GPTConfig(warmup_iters=9, learning_rate=1.0), []
+    optimizers = make_optimizers(model, config)
+    for step in range(100):
+        step_of(model, config, step, step / 100, optimizers)
+        rates.append(optimizers[1].param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(0.1) and rates[:10] == sorted(rates[:10])
+    assert rates[10:] == pytest.approx([1 - step / 100 for step in range(10, 100)])
+
+
+def test_a_gradient_that_is_too_long_is_shortened():
+    model = build()
+    step_of(model, GPTConfig(grad_clip=0.01))
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_no_step_is_made_by_a_gradient_that_is_not_finite():
+    model = build()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = math.inf
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="step 8: try lower learning rates"):
+        step_of(model, GPTConfig(), step=7)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_dropout_drops_other_activations_in_every_step():
+    """And the same ones where the seed and the step are the same."""
+    losses = [step_of(build(dropout=0.5), GPTConfig(), step) for step in (1, 1, 2, 3)]
+    assert losses[0] == losses[1] and len(set(losses)) == 3
 
 
 def test_dropout_is_for_training_only():
@@ -317,38 +347,29 @@ def test_dropout_is_for_training_only():
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
-def test_where_compiling_fails_the_model_runs_as_it_is(monkeypatch):
-    def no_compiler(model):
-        raise RuntimeError("no C compiler")
-
-    model, idx = build(), torch.randint(65, (2, 16))
-    monkeypatch.setattr(torch, "compile", lambda model: model)
-    assert char_gpt.try_compile(model, idx, idx) is model
-    assert all(p.grad is None for p in model.parameters())
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    assert char_gpt.try_compile(model, idx, idx) is model
-
-
-def train_here(tmp_path, checkpoint=None, interrupted_at=None, **settings):
+def train_here(tmp_path, checkpoint=None, **settings):
     """Train a tiny model with dropout on the shipped play; returns the checkpoint on disk."""
     few = {"dropout": 0.2, "batch_size": 4, "max_iters": 12, "eval_interval": 4}
     config = GPTConfig(**{**SMALL, **few, **settings}, out=str(tmp_path / "char_gpt.pt"))
     text = PLAY.read_text(encoding="utf-8")[:4000]
     tokenizer = CharTokenizer(text)
-    config.vocab_size = tokenizer.vocab_size
-    data = [torch.tensor(tokenizer.encode(part)) for part in split_text(text)]
+    config.vocab_size = len(tokenizer.chars)
+    data = split_data(torch.tensor(tokenizer.encode(text)), config)
     torch.manual_seed(config.seed)
     model = GPT(config)
     if checkpoint is None:
-        checkpoint = dict(script="char_gpt", vocab=text, history=[], last=None)
-        checkpoint["model"] = model.state_dict()
+        checkpoint = dict(script="char_gpt", history=[], bytes_per_token=1.0)
+        checkpoint |= dict(model=model.state_dict(), last=dict(step=0, losses=[], seconds=0))
     checkpoint["config"] = vars(config)
     autocast = torch.autocast("cpu", enabled=False)
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        train(model, tokenizer, *data, config, autocast, checkpoint)
+        train(model, *data, tokenizer, config, checkpoint, autocast)
+    except SystemExit:
+        pass  # stopped
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return load_checkpoint(config.out, "char_gpt"), data[1], config
 
 
@@ -362,12 +383,13 @@ def test_the_same_seed_trains_the_same_model(tmp_path):
     assert a["history"] == b["history"] != c["history"]
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, number):
     whole, _, _ = train_here(tmp_path)
 
     def stop_in_step_6(data, config, step):
         if step == 5:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return get_batch(data, config, step)
 
     get_batch = char_gpt.get_batch
@@ -383,9 +405,17 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypa
 
 
 def test_the_weights_kept_for_sampling_are_the_best(tmp_path, monkeypatch):
-    """A learning rate that goes wild in the ninth step spoils a run that began well."""
-    monkeypatch.setattr(char_gpt, "learning_rate_share", lambda step, _: 1 if step < 8 else 300)
-    checkpoint, val_data, config = train_here(tmp_path)
+    """A ninth step that goes wild spoils a run that began well."""
+
+    def step_then_leap(model, optimizers, x, y, step, *rest):
+        loss = training_step(model, optimizers, x, y, step, *rest)
+        with torch.no_grad():
+            for p in model.parameters():
+                p += (step == 8) * torch.randn_like(p)
+        return loss
+
+    monkeypatch.setattr(char_gpt, "training_step", step_then_leap)
+    checkpoint, val_data, config = train_here(tmp_path, warmup_iters=0)
     losses = [val_loss for _, _, val_loss in checkpoint["history"]]
     assert min(losses) == losses[1] < losses[2]
     model = GPT(config)
@@ -395,71 +425,89 @@ def test_the_weights_kept_for_sampling_are_the_best(tmp_path, monkeypatch):
         assert evaluate(model, val_data, config) == pytest.approx(loss, rel=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------
+def test_a_flag_given_on_resuming_counts(tmp_path):
+    """Also one that the optimizers keep in their state."""
+    begun, _, _ = train_here(tmp_path, max_iters=4)
+    kept, _, _ = train_here(tmp_path, checkpoint=begun, max_iters=8)
+    begun, _, _ = train_here(tmp_path, max_iters=4)
+    changed, _, _ = train_here(tmp_path, checkpoint=begun, max_iters=8, weight_decay=30.0)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert changed["last"]["model"][name].norm() < 0.9 * kept["last"]["model"][name].norm()
+
+
 # The command
 
 
 def test_the_command_says_what_it_does(clone):
     output = (clone / "logs" / "char_gpt.txt").read_text(encoding="utf-8")
-    before = re.search(r"before training: validation loss (\S+); .* ln\(65\) = 4\.1744", output)[1]
+    before = re.search(r"before training: val loss (\S+); uniform: ln\(65\) = 4\.1744", output)[1]
     assert float(before) == pytest.approx(4.1744, abs=0.1)
-    after = re.search(r"validation loss (\S+) at the end, (\S+) at best", output)
-    assert float(after[1]) < 3.0
-    for part in ("text: the-glass-harbour.txt", "parameters, on ", "60 steps of", "bits per byte"):
+    assert float(re.search(r"best val loss (\S+) at step 60", output)[1]) < 3.0
+    for part in ("--full trains the full", "on cpu in torch.", "parameters", "bits/byte", "    | "):
         assert part in output
-    assert "to sample from it: python sample.py out/char_gpt.pt" in output
+    assert "next: python sample.py out/char_gpt.pt" in output
 
 
-def test_resume_trains_for_longer_and_refuses_another_shape(clone):
-    flags = ("--resume", "--offline", "--max_iters", "70")
-    folder = clone
-    assert "n_layer" in one_line_error("char_gpt.py", *flags, "--n_layer", "3", cwd=folder)
-    assert "max_iters" in one_line_error("char_gpt.py", "--resume", "--offline", cwd=folder)
-    output, _ = run("char_gpt.py", *flags, cwd=folder)
-    assert "going on after step 60" in output and "step 70/70" in output
+FLAGS = "--data data/the-glass-harbour.txt --n_layer 1 --n_head 1 --n_embd 16 --block_size 16"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
-def test_ctrl_c_saves_and_says_how_to_go_on(clone):
-    flags = "--offline --n_layer 1 --max_iters 100000 --out out/long.pt"
-    process = subprocess.Popen(
-        [sys.executable, "-u", "char_gpt.py", *flags.split()],
-        cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-    )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("at this speed"):
-            break
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    output, error = process.communicate(timeout=60)
-    assert process.returncode == 0 and error == ""
-    assert "to go on: python char_gpt.py --resume --out out/long.pt" in output
-    checkpoint = load_checkpoint(clone / "out" / "long.pt", "char_gpt")
-    (clone / "out" / "long.pt").unlink()
-    assert checkpoint["last"]["step"] >= 11
+def test_resume_trains_for_longer_and_refuses_another_size_or_text(clone):
+    few = f"{FLAGS} --max_iters 4 --eval_interval 2 --out out/r.pt"
+    assert "before training" in run("char_gpt.py", "--resume", *few.split(), cwd=clone)[0]
+    before = (clone / "out" / "r.pt").read_bytes()
+    resume = ("--resume", "--out", "out/r.pt")
+    (clone / "other.txt").write_text("".join(sorted(PLAY.read_text(encoding="utf-8"))))
+    for other in ("--n_layer 2", "--n_head 2", "--n_embd 32", "--block_size 8", "--data other.txt"):
+        error = one_line_error("char_gpt.py", *resume, *other.split(), cwd=clone)
+        assert "--resume: the run has n_layer 1, n_head 1" in error
+    assert (clone / "out" / "r.pt").read_bytes() == before
+    output, _ = run("char_gpt.py", *resume, "--max_iters", "6", cwd=clone)
+    assert "before training" not in output and "step 6:" in output
 
 
-def test_a_run_by_the_clock_settles_its_steps_from_its_speed(monkeypatch):
-    config = GPTConfig(minutes=2.0, max_iters=1000, eval_interval=250)
-    char_gpt.set_steps(config, first=100, seconds=0.1, n_val_tokens=30_000, n_tokens=1000)
-    # 1,200 steps fit into two minutes; four evaluations cost as much as ten steps each.
-    assert config.max_iters == 100 + 1200 - 40 and config.minutes == 0
-    assert config.eval_interval == pytest.approx(config.max_iters / 4, abs=1)
+STOP = """
+import runpy, signal, sys
+sys.argv, train = sys.argv[1:], None
+sys.path.insert(0, {root!r})
+import char_gpt
+step = char_gpt.training_step
+def stop_in_step_3(*args):
+    if args[4] == 2:
+        signal.raise_signal(signal.SIGINT)
+    return step(*args)
+char_gpt.training_step = stop_in_step_3
+char_gpt.main()
+"""
 
 
-@pytest.mark.parametrize("script", ["char_gpt", "bpe_gpt"])
-def test_minutes_end_a_run_in_time_with_the_learning_rate_gone_to_zero(clone, script):
-    size = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 8 --offline"
-    size += " --init scratch --learned_vocab_size 300 --total_batch_size 128" * (
-        script == "bpe_gpt"
-    )
-    flags = f"{size} --minutes 0.03 --out out/timed.pt"
-    started = time.perf_counter()
-    out, _ = run(f"{script}.py", *flags.split(), cwd=clone)
-    assert time.perf_counter() - started < 30
-    checkpoint = load_checkpoint(clone / "out" / "timed.pt", script)
-    config, last = checkpoint["config"], checkpoint["last"]
-    assert config["minutes"] == 0 and last["step"] == config["max_iters"] not in (1800, 2400)
-    assert f"at this speed, {config['max_iters']:,} steps take" in out
-    assert 4 <= len(checkpoint["history"]) <= 7, "as many evaluations as without --minutes"
-    (clone / "out" / "timed.pt").unlink()
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no SIGINT to send")
+def test_ctrl_c_saves_but_keeps_an_earlier_runs_model_until_there_is_a_better_one(clone):
+    code = STOP.format(root=str(ROOT))
+    path, flags = clone / "out" / "c.pt", f"{FLAGS} --out out/c.pt".split()
+    path.unlink(missing_ok=True)
+    _, error = run("-c", code, "char_gpt.py", *flags, cwd=clone, status=1)
+    assert "stopped after step 3: --resume continues it" in error
+    assert load_checkpoint(path, "char_gpt")["last"]["step"] == 3
+    before = path.read_bytes()
+    _, error = run("-c", code, "char_gpt.py", *flags, cwd=clone, status=1)
+    assert "not saved, to keep an earlier run" in error and path.read_bytes() == before
+    evaluated = [*flags, "--eval_interval", "1"]
+    run("-c", code, "char_gpt.py", *evaluated, cwd=clone, status=1)
+    assert path.read_bytes() != before
+
+
+def test_minutes_drive_the_schedule_by_the_clock(tmp_path, monkeypatch):
+    """A clock that moves by a second a look: the run ends after the minutes, not by its steps."""
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(char_gpt.time, "perf_counter", lambda: float(next(seconds)))
+    fractions = []
+
+    def record(model, optimizers, x, y, step, fraction, *rest):
+        fractions.append(fraction)
+        return training_step(model, optimizers, x, y, step, fraction, *rest)
+
+    monkeypatch.setattr(char_gpt, "training_step", record)
+    checkpoint, _, _ = train_here(tmp_path, minutes=1.0, max_iters=3, eval_interval=1000)
+    assert len(fractions) > 20 and fractions == sorted(fractions)
+    assert fractions[0] < 0.1 and 0.9 < fractions[-1] < 1
+    assert checkpoint["history"][-1][0] == len(fractions)

@@ -1,6 +1,5 @@
 """Training that can be trusted: killed at any moment, short of disk, in several processes."""
 
-import math
 import os
 import re
 import shutil
@@ -11,17 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PLAY, ROOT, one_line_error, run
+from conftest import PLAY, ROOT, run
 
 import bpe_gpt
-import char_gpt
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for processes")
 
 CHAR = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 8 --dropout 0.2 "
-CHAR += "--max_iters 60 --eval_interval 5 --warmup_iters 4 --offline --data play.txt"
+CHAR += "--max_iters 60 --eval_interval 5 --warmup_iters 4 --data play.txt"
 BPE = CHAR.replace("--batch_size 8", "--batch_size 3 --total_batch_size 128")
-SCRATCH = BPE + " --init scratch --learned_vocab_size 300"
+SCRATCH = BPE + " --vocab_size 300"
 TUNING = BPE.replace("--n_layer 1 --n_head 2 --n_embd 16 ", "") + " --init model"
 
 
@@ -37,78 +35,33 @@ def folder(tmp_path):
     return tmp_path
 
 
-# ---------------------------------------------------------------------------------------------
-# Killed, stopped, resumed
+# Killed, resumed
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(folder):
-    """A model of characters, one of tokens, and one that is fine-tuned, killed 7 times each."""
+    """A model of characters, one of tokens, and one that is fine-tuned, killed 5 times each."""
     harness = [sys.executable, ROOT / "tests" / "killing.py"]
-    runs = ("char_gpt 7 a.pt", CHAR), ("bpe_gpt 7 b.pt", SCRATCH), ("bpe_gpt 7 c.pt", TUNING)
-    for run in [
+    runs = ("char_gpt 5 a.pt", CHAR), ("bpe_gpt 5 b.pt", SCRATCH), ("bpe_gpt 5 c.pt", TUNING)
+    for process in [
         subprocess.Popen(
             [*harness, *what.split(), *flags.split()],
             cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
         )
         for what, flags in runs
-    ]:  # fmt: skip
-        output, error = run.communicate(timeout=150)
-        assert run.returncode == 0 and error == "", error
-        assert int(output.split()[0]) >= 7
-    assert not list(folder.glob("*.tmp"))
+    ]:
+        output, error = process.communicate()
+        assert process.returncode == 0 and error == "", error
+        assert int(output.split()[0]) >= 5
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
-@pytest.mark.parametrize("script, flags", [("char_gpt", CHAR), ("bpe_gpt", SCRATCH)])
-def test_sigterm_saves_and_says_how_to_go_on(folder, script, flags):
-    flags = flags.replace("--max_iters 60 --eval_interval 5", "--max_iters 100000")
-    process = subprocess.Popen(
-        [sys.executable, "-u", ROOT / f"{script}.py", *flags.split(), "--out", "x.pt"],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-    )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("at this speed"):
-            break
-    process.send_signal(signal.SIGTERM)
-    output, error = process.communicate(timeout=60)
-    assert process.returncode == 0 and error == ""
-    assert f"to go on: python {script}.py --resume --out x.pt" in output
-    assert torch.load(folder / "x.pt", weights_only=True)["last"]["step"] >= 11
-
-
-@pytest.mark.parametrize("script, flags", [("char_gpt", CHAR), ("bpe_gpt", SCRATCH)])
-def test_what_would_make_another_run_of_it_is_refused_on_resuming(folder, script, flags):
-    few = flags.replace("--max_iters 60", "--max_iters 5")
-    path = ROOT / f"{script}.py"
-    run(path, *few.split(), "--out", "x.pt", cwd=folder)
-    before = (folder / "x.pt").read_bytes()
-    (folder / "other.txt").write_text("Another text. " * 300, encoding="utf-8")
-    mistakes = ["--n_layer 2", "--n_embd 32", "--block_size 8", "--seed 2", "--data other.txt"]
-    if script == "bpe_gpt":
-        mistakes += ["--total_batch_size 64", "--stride 4", "--muon_learning_rate 0"]
-        mistakes += ["--tokenizer gpt2", "--learned_vocab_size 280", "--no-tied", "--init gpt2"]
-    for mistake in mistakes:
-        go_on = f"--resume --out x.pt --offline {mistake}".split()
-        error = one_line_error(path, *go_on, cwd=folder)
-        assert mistake.split()[0].replace("no-", "") in error, error
-    assert "--max_iters" in one_line_error(path, "--resume", "--out", "x.pt", cwd=folder)
-    assert (folder / "x.pt").read_bytes() == before
-    changes = "--resume --out x.pt --max_iters 9 --learning_rate 0.003 --offline"
-    output, _ = run(path, *changes.split(), cwd=folder)
-    assert "--max_iters changes from 5 to 9" in output
-    assert re.search(r"--learning_rate changes from 0\.00\d to 0\.003", output)
-    assert "going on after step 5" in output and "step 9/9" in output
-
-
-# ---------------------------------------------------------------------------------------------
 # When things go wrong
 
 
 @linux
 @pytest.mark.parametrize("script", ["bigram", "char_gpt", "bpe_gpt"])
 def test_a_full_disk_leaves_the_old_checkpoint_whole(folder, script):
-    flags = {"bigram": "--max_iters 5 --data play.txt", "char_gpt": CHAR, "bpe_gpt": SCRATCH}
+    flags = {"bigram": "--block_size 32 --data play.txt", "char_gpt": CHAR, "bpe_gpt": SCRATCH}
     command = [f"{script}.py", *flags[script].split(), "--out", "x.pt", "--max_iters", "5"]
     (folder / "x.pt").write_bytes(b"what was there before")
     code = f"""
@@ -118,50 +71,12 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # no file may become la
 sys.argv = {command}
 runpy.run_path({str(ROOT / command[0])!r}, run_name="__main__")
 """
-    _, error = run("-c", code, cwd=folder, status=2)
-    assert re.search(r"cannot save x.pt \((File too large|is the disk full\?)\)", error)
-    assert error.count("\n") == 1
+    _, error = run("-c", code, cwd=folder, status=1)
+    assert re.fullmatch(r"error: .*(disk full|too large).*\n", error)
     assert (folder / "x.pt").read_bytes() == b"what was there before"
-    assert not (folder / "x.pt.tmp").exists()
+    assert not list(folder.glob("x.pt.*")), "nothing half written is left"
 
 
-def test_what_a_killed_run_left_half_written_goes(folder):
-    (folder / "x.pt.tmp").write_bytes(b"half a checkpo")
-    bpe_gpt.check_writable(folder / "x.pt")
-    assert not (folder / "x.pt.tmp").exists()
-
-
-@pytest.mark.parametrize("script, flags", [("char_gpt", CHAR), ("bpe_gpt", SCRATCH)])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_no_step_is_made_by_a_number_that_is_not_finite(folder, monkeypatch, script, flags, what):
-    module = {"char_gpt": char_gpt, "bpe_gpt": bpe_gpt}[script]
-    steps = []
-
-    def spoil(parameters, length):
-        steps.append(1)
-        return torch.tensor(math.inf if what == "gradient" and len(steps) == 8 else 1.0)
-
-    def forward(self, idx, targets=None, **others):
-        logits, loss = plain_forward(self, idx, targets, **others)
-        spoilt = what == "loss" and self.training and len(steps) == 7
-        return logits, loss * math.nan if spoilt else loss
-
-    plain_forward = module.GPT.forward
-    monkeypatch.setattr(module.nn.utils, "clip_grad_norm_", spoil)
-    monkeypatch.setattr(module.GPT, "forward", forward)
-    monkeypatch.setattr(sys, "argv", ["x", *flags.split(), "--out", "x.pt"])
-    monkeypatch.chdir(folder)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.raises(ValueError, match=f"the {what} became .* in step 8 .*x.pt.*learning_rate"):
-        module.main()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    saved = torch.load(folder / "x.pt", weights_only=True)
-    assert saved["last"]["step"] == 5
-    assert all(weight.isfinite().all() for weight in saved["last"]["model"].values())
-
-
-# ---------------------------------------------------------------------------------------------
 # Several processes
 
 STEPS = SCRATCH.replace("--dropout 0.2", "--dropout 0 --dtype float32 --muon_learning_rate 0")
@@ -174,8 +89,8 @@ def torchrun(n, *flags, cwd, restarts=0):
     command += [f"--max-restarts={restarts}", str(ROOT / "bpe_gpt.py"), *flags]
     return subprocess.Popen(
         [sys.executable, *command], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
+        encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def history(path):
@@ -187,19 +102,19 @@ def close(a, b):
 
 
 @linux
-def test_two_processes_train_as_one_and_either_resumes_the_other(folder):
+@pytest.mark.parametrize("n", [2, 4])
+def test_several_processes_train_as_one_and_one_resumes_them(folder, n):
+    """The sum of the gradients of their rows is the gradient of the whole step."""
     run(ROOT / "bpe_gpt.py", *STEPS.split(), "--out", "one.pt", cwd=folder)
-    process = torchrun(2, *STEPS.split(), "--out", "two.pt", "--max_iters", "20", cwd=folder)
-    output = process.communicate(timeout=100)[0]
+    process = torchrun(n, *STEPS.split(), "--out", "many.pt", cwd=folder)
+    output = process.communicate()[0]
     assert process.returncode == 0, output
-    assert output.count("step 20/20") == 1, "the first process alone prints"
-    assert close(history(folder / "two.pt"), history(folder / "one.pt"))
-    # One process goes on with what two have begun.
-    shutil.copy(folder / "two.pt", folder / "mixed.pt")
-    for name in ("one.pt", "mixed.pt"):
-        go_on = f"--resume --out {name} --max_iters 25 --offline"
+    assert output.count("step 20:") == 1, "the first process alone prints"
+    assert close(history(folder / "many.pt"), history(folder / "one.pt"))
+    for name in ("one.pt", "many.pt") if n == 2 else ():
+        go_on = f"--resume --out {name} --max_iters 25"
         run(ROOT / "bpe_gpt.py", *go_on.split(), cwd=folder)
-    assert close(history(folder / "mixed.pt"), history(folder / "one.pt"))
+        assert close(history(folder / name), history(folder / "one.pt"))
 
 
 def workers(pid):
@@ -216,42 +131,18 @@ def workers(pid):
 
 @linux
 def test_when_a_process_is_killed_torchrun_goes_on_from_the_checkpoint(folder):
+    """--resume is all it takes: it means to go on from the checkpoint, if there is one."""
     flags = STEPS.replace("--max_iters 20 --eval_interval 5", "--max_iters 400 --eval_interval 100")
     run(ROOT / "bpe_gpt.py", *flags.split(), "--out", "one.pt", cwd=folder)
-    process = torchrun(2, *flags.split(), "--out", "two.pt", cwd=folder, restarts=3)
-    output = ""
-    for line in process.stdout:
-        output += line
-        if line.startswith("step 100/400"):
-            os.kill(workers(process.pid)[-1], signal.SIGKILL)
-            break
-    output += process.communicate(timeout=100)[0]
-    assert process.returncode == 0, output
-    assert "going on after step" in output and "Traceback" not in output
-    ours, theirs = history(folder / "two.pt"), history(folder / "one.pt")
-    assert [row[0] for row in ours] == [100, 200, 300, 400]
-    assert all(a[2] == pytest.approx(b[2], abs=2e-3) for a, b in zip(ours, theirs))
-
-
-@linux
-def test_more_processes_than_sequences_are_refused(folder):
-    process = torchrun(2, *STEPS.split(), "--total_batch_size", "16", cwd=folder)
-    output = process.communicate(timeout=100)[0]
-    assert process.returncode != 0
-    assert "error: --total_batch_size has 1 sequences" in output
-
-
-@linux
-def test_a_restart_does_not_go_on_with_another_run(folder):
-    """The file at --out may be yesterday's: torchrun's name for the run, in the file, tells."""
-    run(ROOT / "bpe_gpt.py", *STEPS.split(), "--out", "mine.pt", "--seed", "7", cwd=folder)
-    process = torchrun(1, *STEPS.split(), "--out", "mine.pt", cwd=folder, restarts=1)
+    process = torchrun(2, *flags.split(), "--resume", "--out", "two.pt", cwd=folder, restarts=3)
     output, killed = "", False
     for line in process.stdout:
         output += line
-        if line.startswith("before training") and not killed:  # before it has saved anything
+        if line.startswith("step 200:") and not killed:
             os.kill(workers(process.pid)[-1], signal.SIGKILL)
             killed = True
-    assert process.wait(timeout=100) == 0, output
-    assert output.count("before training") == 2 and "going on" not in output
-    assert torch.load(folder / "mine.pt", weights_only=True)["config"]["seed"] == 1337
+    assert process.wait() == 0, output
+    ours, theirs = history(folder / "two.pt"), history(folder / "one.pt")
+    assert [row[0] for row in ours] == [100, 200, 300, 400]
+    assert all(a[2] == pytest.approx(b[2], abs=2e-3) for a, b in zip(ours, theirs))
+    assert output.count("step 100:") == 1, "it did not begin anew"

@@ -8,22 +8,27 @@ import shutil
 import struct
 import threading
 
-import numpy as np
 import pytest
+import tiktoken.load
 import torch
-from conftest import ROOT, one_line_error, run
+from conftest import PLAY, ROOT, needs_gpt2_tokenizer, one_line_error, run
 
 import bpe_gpt
-from bpe_gpt import GPT, GPTConfig, export, find_weights, load_pretrained, read_safetensors
+from bpe_gpt import GPT, GPTConfig, export, find_tokenizer, find_weights, pack_vocab
 
 FIXTURES = ROOT / "tests" / "fixtures"
+TIED = FIXTURES / "tied"
 SMALL = dict(n_layer=1, n_head=2, n_embd=8, vocab_size=300, block_size=16)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    text = (ROOT / "data" / "the-glass-harbour.txt").read_text(encoding="utf-8")
-    return bpe_gpt.train_bpe(text[:20_000], 300)
+    return bpe_gpt.train_bpe(PLAY.read_text(encoding="utf-8")[:20_000], 300)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(TIED, tmp_path / "model")
 
 
 def logits(model, idx=torch.arange(16)[None]):
@@ -31,335 +36,295 @@ def logits(model, idx=torch.arange(16)[None]):
         return model.eval()(idx)[0]
 
 
-# ---------------------------------------------------------------------------------------------
-# The round trip
+def parse(path):
+    """A safetensors file, read here in another way: {name: (type, shape, bytes)}, and where the
+    numbers begin."""
+    data = path.read_bytes()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:start])
+    tensors = {}
+    for name in header.keys() - {"__metadata__"}:
+        first, last = header[name]["data_offsets"]
+        tensors[name] = header[name]["dtype"], header[name]["shape"], data[start:][first:last]
+    return tensors, start
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_an_exported_model_comes_back_the_same(tmp_path, tokenizer, tied):
-    model = GPT(GPTConfig(**SMALL, tied=tied))
-    export(model, tokenizer, tmp_path)
-    again, same_tokenizer = load_pretrained(tmp_path)
-    assert torch.allclose(logits(again), logits(model), atol=1e-6)
-    assert bpe_gpt.token_bytes(same_tokenizer) == bpe_gpt.token_bytes(tokenizer)
-    assert again.config.tied == tied
-    header = (tmp_path / "model.safetensors").read_bytes()[:8]
-    assert struct.unpack("<Q", header)[0] % 8 == 0, "so that numbers lie on multiples of 4"
+def write(path, header, body=b""):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + body)
+
+# ---- The round trip -----------------------------------------------------------------------------
+
+def test_an_exported_model_comes_back_the_same_with_its_tokenizer(tmp_path, tokenizer):
+    export(model := GPT(GPTConfig(**SMALL)), tokenizer, tmp_path)
+    again, same = bpe_gpt.load_pretrained(tmp_path, {}, {})
+    assert torch.equal(logits(again), logits(model)) and pack_vocab(same) == pack_vocab(tokenizer)
+    text = "What news, my lord? None, none at all; the harbour's glass — 12 times!\n\n  "
+    assert same.encode_ordinary(text) == tokenizer.encode_ordinary(text)
     names = {"model.safetensors", "config.json", "vocab.json", "merges.txt"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_an_exported_file_is_what_transformers_writes(tmp_path, tokenizer):
-    """The same names, shapes and bytes as in the file from which the model came."""
-    original = FIXTURES / "tied" / "model.safetensors"
-    export(GPT.from_pretrained(original.parent), tokenizer, tmp_path)
-    ours, theirs = read_safetensors(tmp_path / "model.safetensors"), read_safetensors(original)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    config = json.loads((tmp_path / "config.json").read_text())
-    published = json.loads((original.parent / "config.json").read_text())
-    assert all(config[n] == published[n] for n in config.keys() & published.keys() - {
-        "embd_pdrop", "resid_pdrop", "attn_pdrop", "bos_token_id", "eos_token_id"})  # fmt: skip
+    export(GPT.from_pretrained(TIED), tokenizer, tmp_path)
+    ours, start = parse(tmp_path / "model.safetensors")
+    theirs, _ = parse(TIED / "model.safetensors")
+    assert ours == theirs and start % 8 == 0
+    config, published = (json.loads((f / "config.json").read_text()) for f in (tmp_path, TIED))
+    ids = {"bos_token_id", "eos_token_id"}  # those of the tokenizer
+    same = config.keys() & published.keys() - ids
+    assert len(same) >= 9 and all(config[name] == published[name] for name in same)
+    assert all(config[name] == 299 for name in ids)
 
 
-def test_a_mapped_file_is_not_changed_by_training(tmp_path, tokenizer):
-    export(GPT(GPTConfig(**SMALL)), tokenizer, tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
-    model = GPT.from_pretrained(tmp_path)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 1
-    assert (tmp_path / "model.safetensors").read_bytes() == before
-
-
-def test_numbers_that_lie_askew_are_read_right(tmp_path, tokenizer):
-    """OpenAI's own files have a header of odd length, so that no number lies on a multiple of 4."""
+def test_a_checkpoint_is_exported_by_the_command_line(tmp_path, tokenizer):
     model = GPT(GPTConfig(**SMALL))
-    export(model, tokenizer, tmp_path)
-    path = tmp_path / "model.safetensors"
-    data = path.read_bytes()
-    n = struct.unpack("<Q", data[:8])[0]
-    path.write_bytes(struct.pack("<Q", n + 3) + data[8 : 8 + n] + b"   " + data[8 + n :])
-    again = GPT.from_pretrained(tmp_path)
-    assert torch.allclose(logits(again), logits(model), atol=1e-6)
-    assert all(p.data_ptr() % 4 == 0 for p in again.parameters())
+    torch.save(dict(script="bpe_gpt", config=SMALL, model=model.state_dict(),
+                    vocab=pack_vocab(tokenizer)), tmp_path / "x.pt")
+    run(ROOT / "bpe_gpt.py", "--init", "x.pt", "--export", "exported", cwd=tmp_path)
+    again, same = bpe_gpt.load_pretrained(tmp_path / "exported", {}, {})
+    assert torch.equal(logits(again), logits(model)) and pack_vocab(same) == pack_vocab(tokenizer)
+
+
+@pytest.mark.parametrize("name", ["tied", "half", "bfloat16", "published"])
+def test_every_kind_of_file_is_loaded_as_float32(name):
+    path = FIXTURES / name / "model.safetensors"
+    model, tokenizer = bpe_gpt.load_pretrained(path, {}, {})
+    assert all(p.dtype == torch.float32 and p.is_contiguous() for p in model.parameters())
+    assert model.lm_head.weight is model.transformer.wte.weight and tokenizer is None
+    kinds = dict(tied={"F32"}, half={"F16"}, bfloat16={"BF16"}, published={"F32", "U8"})
+    assert {kind for kind, _, _ in parse(path)[0].values()} == kinds[name]
+
+
+def test_numbers_that_lie_askew_are_read_right(folder):
+    """OpenAI's own files have a header of odd length, so that no number lies on a multiple of 4."""
+    assert parse(FIXTURES / "published" / "model.safetensors")[1] % 2 == 1
+    path, model = folder / "model.safetensors", GPT.from_pretrained(folder)
+    data, start = path.read_bytes(), parse(path)[1]
+    for spaces in (b" ", b"  ", b"   "):
+        write(path, data[8:start] + spaces, data[start:])
+        again = GPT.from_pretrained(folder)
+        assert all(torch.equal(*pair) for pair in zip(again.parameters(), model.parameters()))
+        assert all(p.data_ptr() % 4 == 0 for p in again.parameters())
+
+
+def test_training_a_loaded_model_does_not_change_its_file(folder):
+    before, model = (folder / "model.safetensors").read_bytes(), GPT.from_pretrained(folder)
+    (optimizer,) = bpe_gpt.make_optimizers(model, GPTConfig(muon_learning_rate=0))
+    model(torch.arange(16)[None], torch.arange(1, 17)[None])[1].backward()
+    optimizer.step()
+    assert not torch.equal(logits(model), logits(GPT.from_pretrained(folder)))
+    assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_a_shorter_context_keeps_the_first_positions():
-    whole = GPT.from_pretrained(FIXTURES / "tied")
-    short = GPT.from_pretrained(FIXTURES / "tied", block_size=20)
+    whole, short = GPT.from_pretrained(TIED), GPT.from_pretrained(TIED, block_size=20)
     idx = torch.arange(20)[None]
     assert torch.equal(logits(whole, idx), logits(short, idx))
-    assert short.block_size == short.config.block_size == 20
+    assert short.block_size == short.config.block_size == len(short.transformer.wpe.weight) == 20
 
 
-def test_a_second_name_for_the_tied_table_is_no_second_table(tmp_path):
-    shutil.copytree(FIXTURES / "old", tmp_path / "old")
-    path = tmp_path / "old" / "pytorch_model.bin"
-    tensors = torch.load(path, weights_only=True)
-    torch.save({**tensors, "lm_head.weight": tensors["wte.weight"]}, path)
-    model = GPT.from_pretrained(tmp_path / "old")
-    assert model.lm_head.weight is model.transformer.wte.weight
+def test_a_size_that_the_model_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="cannot load.*n_head is 4"):
+        GPT.from_pretrained(TIED, n_head=2)
+    for settings in (dict(n_layer=3), dict(n_embd=48), dict(vocab_size=299), dict(block_size=65)):
+        with pytest.raises(ValueError, match="cannot load"):
+            GPT.from_pretrained(TIED, **settings)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
-@pytest.mark.parametrize("askew", [0, 3])
-def test_loading_takes_no_second_copy_of_the_file(tmp_path, askew):
-    """A file of 96 MB, in memory once: what is mapped, touched and copied stays below 1.3 times."""
-    config = GPTConfig(n_layer=3, n_head=12, n_embd=768, vocab_size=3000, block_size=256)
-    tokenizer = bpe_gpt.make_tokenizer([bytes([b]) for b in bpe_gpt.BYTES] + [b"<|endoftext|>"])
-    export(GPT(config), tokenizer, tmp_path)
-    path = tmp_path / "model.safetensors"
-    if askew:
-        data = path.read_bytes()
-        n = struct.unpack("<Q", data[:8])[0]
-        header = struct.pack("<Q", n + askew) + data[8 : 8 + n] + b" " * askew
-        path.write_bytes(header + data[8 + n :])
-    code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import bpe_gpt, re
-def peak():
-    return int(re.search("VmHWM:\\\\s+(\\\\d+)", open("/proc/self/status").read())[1]) * 1024
-bpe_gpt.GPT.from_pretrained({str(FIXTURES / "tied")!r})
-before = peak()
-model = bpe_gpt.GPT.from_pretrained({str(tmp_path)!r})
-print((peak() - before) / {path.stat().st_size})
-"""
-    assert float(run("-c", code, cwd=tmp_path, fresh=True)[0]) < 1.3
+def test_transformers_opens_an_exported_folder_and_says_the_same(tmp_path, tokenizer):
+    transformers = pytest.importorskip("transformers")
+    export(model := GPT.from_pretrained(FIXTURES / "published"), tokenizer, tmp_path)
+    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        assert torch.allclose(theirs(torch.arange(16)[None]).logits, logits(model), atol=1e-5)
+    text = PLAY.read_text(encoding="utf-8")[20_000:30_000] + " 'Tis 1999 — naïve,\t\n\n  x  "
+    for Tokenizer in (transformers.AutoTokenizer, transformers.GPT2Tokenizer):
+        their_tokenizer = Tokenizer.from_pretrained(tmp_path)
+        assert their_tokenizer.encode(text) == tokenizer.encode_ordinary(text)
+        assert their_tokenizer.eos_token_id == tokenizer.eot_token
+    their_tokenizer.save_pretrained(tmp_path / "theirs")
+    assert pack_vocab(bpe_gpt.read_tokenizer(tmp_path / "theirs")) == pack_vocab(tokenizer)
+
+# ---- Tokenizers ---------------------------------------------------------------------------------
+
+def test_a_tokenizer_is_read_from_tokenizer_json_alone(tmp_path, tokenizer):
+    """As transformers 5 writes it."""
+    vocab = {word: i for i, word in enumerate(pack_vocab(tokenizer))}
+    end = {"id": vocab.pop("<|endoftext|>"), "content": "<|endoftext|>", "special": True}
+    content = {"version": "1.0", "added_tokens": [end], "model": {
+        "type": "BPE", "vocab": dict(sorted(vocab.items())), "merges": [["Ġ", "t"]]}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    again = bpe_gpt.read_tokenizer(tmp_path)
+    assert pack_vocab(again) == pack_vocab(tokenizer) and again.eot_token == 299
 
 
-# ---------------------------------------------------------------------------------------------
-# Damaged files
+def test_the_merges_that_are_written_make_every_token_in_the_order_of_learning(tmp_path, tokenizer):
+    assert bpe_gpt.read_tokenizer(tmp_path) is None
+    bpe_gpt.write_tokenizer(tokenizer, tmp_path)
+    words = pack_vocab(tokenizer)
+    assert pack_vocab(bpe_gpt.read_tokenizer(tmp_path)) == words
+    first, *lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert first == "#version: 0.2" and [x.replace(" ", "") for x in lines] == words[256:-1]
+    for i, line in enumerate(lines, start=256):
+        assert all(words.index(part) < i for part in line.split())
 
 
-def write(folder, header, body=b"", length=None):
-    header = header if isinstance(header, bytes) else json.dumps(header).encode()
-    length = len(header) if length is None else length
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", length) + header + body)
+def test_a_tokenizer_of_another_size_than_the_model_is_refused(folder, tokenizer):
+    assert find_tokenizer(model := GPT.from_pretrained(folder), tokenizer) is tokenizer
+    with pytest.raises(ValueError, match="300 tokens, its tokenizer 261"):
+        find_tokenizer(model, bpe_gpt.train_bpe("low lower lowest", 300))
 
 
-def entry(first, last, shape, dtype="F32"):
-    return {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}
+@needs_gpt2_tokenizer
+def test_gpt2s_own_vocabulary_is_written_as_openai_published_it(tmp_path):
+    gpt2 = bpe_gpt.gpt2_tokenizer()
+    bpe_gpt.write_tokenizer(gpt2, tmp_path)
+    url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken has it now
+    merges, vocab = (tiktoken.load.read_file_cached(url + name)
+                     for name in ("vocab.bpe", "encoder.json"))
+    assert (tmp_path / "merges.txt").read_bytes() == merges
+    assert json.loads((tmp_path / "vocab.json").read_bytes()) == json.loads(vocab)
+    assert pack_vocab(bpe_gpt.read_tokenizer(tmp_path)) == pack_vocab(gpt2)
+
+# ---- Damaged files ------------------------------------------------------------------------------
+
+def safetensors(header, body=b""):
+    return lambda folder: write(folder / "model.safetensors", header, body)
 
 
-BAD_FILES = {
-    "empty": lambda folder: (folder / "model.safetensors").write_bytes(b""),
-    "seven bytes": lambda folder: (folder / "model.safetensors").write_bytes(b"\1" * 7),
-    "a header longer than the file": lambda folder: write(folder, {}, length=10**6),
-    "a header of 2**64 bytes": lambda folder: write(folder, {}, length=2**64 - 1),
-    "not JSON": lambda folder: write(folder, b"{wte.weight"),
-    "a list": lambda folder: write(folder, [1, 2]),
-    "not UTF-8": lambda folder: write(folder, b'{"\xff": 1}'),
-    "a header of 11 MB": lambda folder: write(folder, b"{}" + b" " * 11_000_000),
-    "nested without end": lambda folder: write(folder, b"[" * 1_000_000),
-    "a number without end": lambda folder: write(folder, b'{"a": ' + b"9" * 1_000_000 + b"}"),
-    "an entry without offsets": lambda folder: write(folder, {"a": {"dtype": "F32", "shape": []}}),
-    "one offset": lambda folder: write(folder, {"a": {**entry(0, 4, [1]), "data_offsets": [0]}}),
-    "negative offsets": lambda folder: write(folder, {"a": entry(-4, 0, [1])}, b"1234"),
-    "offsets of words": lambda folder: write(folder, {"a": entry("0", "4", [1])}, b"1234"),
-    "a negative shape": lambda folder: write(folder, {"a": entry(0, 4, [-1, -1])}, b"1234"),
-    "a shape of fractions": lambda folder: write(folder, {"a": entry(0, 4, [1.0])}, b"1234"),
-    "a shape that does not fit": lambda folder: write(folder, {"a": entry(0, 4, [2])}, b"1234"),
-    "overlapping tensors": lambda folder: write(
-        folder, {"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, b"1" * 12
-    ),
-    "a hole": lambda folder: write(
-        folder, {"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, b"1" * 12
-    ),
-    "past the end": lambda folder: write(folder, {"a": entry(0, 8, [2])}, b"1234"),
-    "more after the end": lambda folder: write(folder, {"a": entry(0, 4, [1])}, b"12345"),
-    "an unknown type": lambda folder: write(folder, {"a": entry(0, 4, [1], "F7")}, b"1234"),
-    "a type of lists": lambda folder: write(folder, {"a": entry(0, 4, [1], ["F32"])}, b"1234"),
-}
-
-
-@pytest.mark.parametrize("fault", BAD_FILES)
-def test_a_damaged_safetensors_file_is_refused(tmp_path, fault):
-    BAD_FILES[fault](tmp_path)
-    with pytest.raises(ValueError, match="model.safetensors"):
-        read_safetensors(tmp_path / "model.safetensors")
-
-
-def change(name, f):
-    """The tensors of a good file, with one changed by f (or left out, where f is None)."""
-
+def tensor(name, change):
+    """Damage one tensor of a good file: change(type, shape, bytes), or None to leave it out."""
     def apply(folder):
-        tensors = torch.load(FIXTURES / "old" / "pytorch_model.bin", weights_only=True)
-        tensor = tensors.pop(name, None)
-        if f:
-            tensors[name] = f(tensor)
-        torch.save(tensors, folder / "pytorch_model.bin")
-
+        tensors, header, body = parse(folder / "model.safetensors")[0], {}, b""
+        tensor = tensors.pop(name, ("F32", [24], bytes(96)))
+        if change:
+            tensors[name] = change(*tensor)
+        for key, (dtype, shape, data) in tensors.items():
+            place = len(body), len(body) + len(data)
+            header[key] = dict(dtype=dtype, shape=shape, data_offsets=place)
+            body += data
+        write(folder / "model.safetensors", header, body)
     return apply
 
 
 def configure(**settings):
     def apply(folder):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, **settings}))
-
+        config = json.loads((folder / "config.json").read_text()) | settings
+        (folder / "config.json").write_text(json.dumps(config))
     return apply
 
 
-def spoil(tensor):
-    tensor[3] = float("nan")
-    return tensor
+def content(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
 
 
-BAD_MODELS = {
-    "a missing tensor": (change("h.1.ln_2.bias", None), "transformer.h.1.ln_2.bias is missing"),
-    "an extra tensor": (change("h.2.ln_2.bias", lambda t: torch.ones(24)), "h.2.ln_2.bias"),
-    "a misshapen tensor": (change("wpe.weight", lambda t: t[1:]), "wpe.weight has the shape"),
-    "a matrix not transposed": (
-        change("h.0.mlp.c_fc.weight", lambda t: t.t().contiguous()), "h.0.mlp.c_fc.weight has the"
-    ),
-    "a tensor twice": (change("transformer.ln_f.bias", lambda t: torch.ones(24)), "ln_f.bias is"),
-    "NaN": (change("h.0.attn.c_proj.bias", spoil), "h.0.attn.c_proj.bias has numbers"),
-    "whole numbers": (change("ln_f.bias", lambda t: t.long()), "ln_f.bias is of torch.int64"),
-    "something that is no tensor": (change("ln_f.bias", lambda t: "x"), "not a file of weights"),
-    "half a file": (
-        lambda f: os.truncate(f / "pytorch_model.bin", 40_000), "pytorch_model.bin"
-    ),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
-    "a config that is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
-    "a config of another model": (configure(model_type="bert"), "model_type is 'bert'"),
-    "another epsilon": (configure(layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06"),
-    "another activation": (configure(activation_function="relu"), "activation_function"),
-    "no layers": (configure(n_layer=0), "n_layer is 0"),
-    "a billion layers": (configure(n_layer=10**9), "n_layer"),
-    "more layers than tensors": (configure(n_layer=900), "900 layers"),
-    "half a head": (configure(n_head=1.5), "n_head is 1.5"),
-    "heads that do not fit": (configure(n_head=7), "n_head"),
-    "a width beyond all numbers": (configure(n_embd=10**30), "n_embd"),
-    "a width beyond all memory": (configure(n_embd=3 * 2**28, vocab_size=2**30), "sizes"),
-    "a width that is a word": (configure(n_embd="wide"), "n_embd is 'wide'"),
-    "too few words": (configure(vocab_size=299), "wte.weight has the shape"),
-    "neither kind of file": (lambda f: (f / "pytorch_model.bin").unlink(), "has no model.safet"),
-}  # fmt: skip
+BIAS = "transformer.h.1.ln_2.bias"
+MATRIX = "transformer.h.0.mlp.c_fc.weight"
+END = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+FAULTS = {
+    "an empty file": content("model.safetensors", b""),
+    "half a file": lambda folder: os.truncate(folder / "model.safetensors", 48_000),
+    "a header longer than the file": content("model.safetensors", b"\1" * 9),
+    "a header that is not JSON": safetensors(b"{wte.weight"),
+    "a tensor past the end": safetensors({"a": END}, b"1234"),
+    "a shape that does not fit": safetensors({"a": {**END, "shape": [3]}}, b"12345678"),
+    "a missing tensor": tensor(BIAS, None),
+    "an extra tensor": tensor(BIAS.replace("1", "2"), lambda *tensor: tensor),
+    "a tensor of one number less": tensor(BIAS, lambda d, s, b: (d, [23], b[4:])),
+    "a tensor of whole numbers": tensor(BIAS, lambda d, s, b: ("I32", s, b)),
+    "a matrix the other way": tensor(MATRIX, lambda d, s, b: (d, s[::-1], b)),
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "another activation": configure(activation_function="relu"),
+    "another epsilon": configure(layer_norm_epsilon=1e-6),
+    "an output of its own": configure(tie_word_embeddings=False),
+    "a layer more": configure(n_layer=3),
+    "a width that is a word": configure(n_embd="wide"),
+    "a tokenizer that is not JSON": content("vocab.json", b"{"),
+    "a tokenizer without an end of text": content("vocab.json", b'{"a": 0}'),
+    "a tokenizer.json without a model": content("tokenizer.json", b'{"added_tokens": []}'),
+}
 
 
-@pytest.mark.parametrize("fault", BAD_MODELS)
-def test_a_model_with_a_fault_is_refused_in_one_line(tmp_path, fault):
-    apply, clue = BAD_MODELS[fault]
-    for path in (FIXTURES / "old").iterdir():
-        shutil.copy(path, tmp_path)
-    apply(tmp_path)
-    assert clue in one_line_error(
-        ROOT / "bpe_gpt.py", "--init", str(tmp_path), "--eval_only", cwd=tmp_path
-    )
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_model_is_refused_in_one_readable_line(folder, fault):
+    FAULTS[fault](folder)
+    with pytest.raises(ValueError, match="^cannot load .*model.safetensors: ") as refused:
+        GPT.from_pretrained(folder)
+    assert len(str(refused.value).splitlines()) == 1
 
 
-def test_a_vocabulary_whose_numbers_are_not_in_the_order_of_its_merges_is_refused(
-    tmp_path, tokenizer
-):
-    """tiktoken merges in the order of the numbers: it would give other tokens than meant."""
-    bpe_gpt.write_vocabulary(tokenizer, tmp_path)
-    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
-    a, b = [word for word, i in vocab.items() if i in (260, 261)]
-    vocab[a], vocab[b] = vocab[b], vocab[a]
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    with pytest.raises(ValueError, match="vocab.json"):
-        bpe_gpt.read_vocabulary(tmp_path)
+def test_the_command_line_says_what_is_not_supported(folder):
+    FAULTS["another epsilon"](folder)
+    error = one_line_error(ROOT / "bpe_gpt.py", "--init", folder, cwd=folder)
+    assert "layer_norm_epsilon is 1e-06; in GPT-2 it is 1e-05" in error
 
 
-def test_a_pytorch_model_cannot_run_code(tmp_path):
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_nothing_that_is_loaded_runs_as_code(folder, name):
     class Harmful:
         def __reduce__(self):
-            return (open, (str(tmp_path / "harm"), "w"))
+            return open, (str(folder / "harm"), "w")
 
-    torch.save({"wte.weight": Harmful()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="not a file of weights"):
-        bpe_gpt.read_bin(tmp_path / "pytorch_model.bin")
-    assert not (tmp_path / "harm").exists()
+    torch.save({"script": "bpe_gpt", "config": SMALL, "model": Harmful()}, folder / name)
+    with pytest.raises(ValueError, match="cannot load"):
+        GPT.from_pretrained(folder / name)
+    assert not (folder / "harm").exists()
 
-
-# ---------------------------------------------------------------------------------------------
-# Published weights, from a server on loopback that answers as Hugging Face's does
-
-WEIGHTS = np.random.default_rng(0).bytes(300_000)
-SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
-
+# ---- Published weights --------------------------------------------------------------------------
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Weights "gpt2", which break off at the first try, and "gpt2-large", whose SHA-256 the server
-    states; data/ and Hugging Face's cache are empty folders."""
-    asked = []
-
+    """A server on loopback in place of Hugging Face's, with a tiny model as gpt2, and an empty
+    data folder. .answer is what it does wrong, .asked are the paths of the requests so far."""
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.answer()
-
         def do_GET(self):
-            self.answer()
-
-        def answer(self):
-            asked.append((self.command, self.path, self.headers["Range"]))
-            if "/resolve/" in self.path:  # Hugging Face sends one on to where large files lie
-                self.send_response(302)
-                self.send_header("Location", "/" + self.path.rsplit("/", 1)[1])
-                self.send_header("X-Linked-ETag", f'"{SHA256}"')
-                self.send_header("Content-Length", "0")
-                return self.end_headers()
-            first = int((self.headers["Range"] or "bytes=0-")[6:-1])
-            self.send_response(206 if first else 200)
-            self.send_header("Content-Length", str(len(WEIGHTS) - first))
+            server.asked.append(self.path)
+            if server.answer == "reset":
+                return self.connection.close()
+            self.send_response(404 if server.answer == "not found" else 200)
+            self.send_header("Content-Length", str(len(server.weights)))
             self.end_headers()
-            if self.command == "GET":
-                cut = len(asked) == 2 and "gpt2-large" not in asked[0][1]
-                self.wfile.write(WEIGHTS[first : 100_000 if cut else None])
+            self.wfile.write(server.weights[: 100_000 if server.answer == "truncated" else None])
 
         def log_message(self, *args):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        monkeypatch.setattr(bpe_gpt, "HUB", f"http://127.0.0.1:{httpd.server_port}")
+    sizes = dict(n_layer=1, n_head=2, n_embd=2)  # besides, GPT-2's vocabulary, but 8 positions
+    model = GPT(GPTConfig(**sizes, block_size=8))
+    export(model, bpe_gpt.train_bpe("", 257), tmp_path / "server")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked, server.answer, server.model = [], "right", model
+        server.weights = (tmp_path / "server" / "model.safetensors").read_bytes()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("no_proxy", "*")
+        monkeypatch.setattr(bpe_gpt, "HUB", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setattr(bpe_gpt, "DATA", tmp_path / "data")
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-        monkeypatch.setitem(bpe_gpt.PUBLISHED, "gpt2", ("v1", SHA256))
-        yield asked
-        httpd.shutdown()
+        monkeypatch.setitem(bpe_gpt.SIZES, "gpt2", sizes)
+        sha256 = hashlib.sha256(server.weights).hexdigest()
+        monkeypatch.setitem(bpe_gpt.PUBLISHED, "gpt2", ("v1", sha256))
+        yield server
+        server.shutdown()
 
 
-def test_published_weights_are_fetched_once_and_go_on_where_they_broke_off(hub, tmp_path):
-    with pytest.raises(OSError, match="broke off at byte 100,000"):
-        find_weights("gpt2")
+def test_published_weights_are_fetched_once_and_whole(hub, tmp_path):
     path = find_weights("gpt2")
     assert path == tmp_path / "data" / "gpt2" / "model.safetensors"
-    assert path.read_bytes() == WEIGHTS and len(list(path.parent.iterdir())) == 1
-    assert hub[0][1] == "/gpt2/resolve/v1/model.safetensors"
-    assert hub[-1] == ("GET", "/model.safetensors", "bytes=100000-")
-    n = len(hub)
-    assert find_weights("gpt2") == find_weights("gpt2", offline=True) == path and len(hub) == n
+    assert path.read_bytes() == hub.weights and len(list(path.parent.iterdir())) == 1
+    assert find_weights("gpt2") == path and hub.asked == ["/gpt2/resolve/v1/model.safetensors"]
+    model, tokenizer = bpe_gpt.load_pretrained("gpt2", {}, {})
+    idx = torch.tensor([[0, 1, 50256]])
+    assert torch.equal(logits(model, idx), logits(hub.model, idx)) and tokenizer is None
 
 
-def test_a_digest_that_is_not_known_here_is_the_servers(hub):
-    assert find_weights("gpt2-large").read_bytes() == WEIGHTS
-    assert hub[0][0] == "HEAD" and "32b71b12589c2f8d625668d2335a01cac3249519" in hub[0][1]
-
-
-def test_a_wrong_digest_is_refused(hub, monkeypatch, tmp_path):
-    monkeypatch.setitem(bpe_gpt.PUBLISHED, "gpt2", ("v1", "0" * 64))
-    for _ in range(2):  # the first try breaks off
-        with pytest.raises(OSError, match="cannot fetch"):
-            find_weights("gpt2")
-    assert list((tmp_path / "data" / "gpt2").iterdir()) == []
-
-
-def test_weights_in_hugging_faces_cache_are_used(hub, tmp_path):
-    folder = tmp_path / "hf" / "hub" / "models--openai-community--gpt2" / "snapshots" / "v1"
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(WEIGHTS)
-    assert find_weights("gpt2") == folder / "model.safetensors" and not hub
-
-
-def test_offline_nothing_is_asked_for(hub):
-    with pytest.raises(OSError, match="--offline"):
-        find_weights("gpt2", offline=True)
-    assert not hub
-
-
-def test_an_unknown_name_is_answered_with_the_names_there_are(tmp_path):
-    error = one_line_error(ROOT / "bpe_gpt.py", "--init", "gpt3", cwd=tmp_path)
-    assert "gpt3" in error and "gpt2-medium" in error
+@pytest.mark.parametrize("answer", ["wrong digest", "truncated", "not found", "reset"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-large"])
+def test_a_failed_download_leaves_one_line_and_no_file(hub, tmp_path, monkeypatch, name, answer):
+    hub.answer = answer
+    if answer == "wrong digest":
+        monkeypatch.setitem(bpe_gpt.PUBLISHED, name, ("v1", "0" * 64))
+    with pytest.raises(OSError, match=f"^cannot fetch {name} from http") as failed:
+        find_weights(name)
+    assert len(str(failed.value).splitlines()) == 1 and len(hub.asked) == 1
+    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
