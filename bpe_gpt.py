@@ -569,7 +569,7 @@ def training_step(model, optimizers, x, y, step, fraction, config, autocast):
             group["lr"] = multiplier * optimizer.defaults["lr"]
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)  # of dropout
     model.train()
-    total, n_targets = torch.zeros((), device=x.device), (y >= 0).sum()
+    total, n_targets = 0, (y >= 0).sum()
     xs, ys = (rows[RANK::N_PROCESSES].split(config.batch_size) for rows in (x, y))
     for x, y in zip(xs, ys):
         with autocast:

@@ -255,7 +255,7 @@ def plot_attention(weights, names, path):
     picture = tiles.transpose(1, 2).reshape(n_layer * size, n_head * size)
     inch = min(0.13, 30 / max(picture.shape))  # of a token
     figure, axis = plt.subplots(figsize=(inch * n_head * size + 2, inch * n_layer * size + 1))
-    image = axis.imshow(picture, vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
+    image = axis.imshow(picture.numpy(), vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
     axis.set_xticks(range(n_head * size), (names + [""]) * n_head, rotation=90)
     axis.set_yticks(range(n_layer * size), (names + [""]) * n_layer)
     axis.tick_params(labelsize=50 * inch)
