@@ -796,6 +796,7 @@ def read_config(path):
 def export(model, tokenizer, folder):
     """Write the model so that transformers' GPT2LMHeadModel.from_pretrained(folder) opens it."""
     print(f"writing {folder}, in Hugging Face's format")
+    folder = Path(folder)
     header, arrays, end = {"__metadata__": {"format": "pt"}}, [], 0
     for name, p in model.named_parameters():  # each once: lm_head is wte
         array = p.detach().numpy()
@@ -959,7 +960,7 @@ def main():
         join_processes(device)
     checkpoint, config, model, tokenizer = start(given, device)
     if config.export:
-        return export(model, tokenizer, Path(config.export))
+        return export(model, tokenizer, config.export)
     load_data = load_instructions if config.instructions else load_tokens
     train_data, val_data, tokenizer = load_data(config, tokenizer)
     if model is None:
