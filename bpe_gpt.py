@@ -83,7 +83,7 @@ SIZES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774,030,080
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1,557,611,200
 }
-SIZE_NAMES = "vocab_size", "block_size", "n_layer", "n_head", "n_embd"
+SIZE_NAMES = "vocab_size", "n_layer", "n_head", "n_embd"
 
 # What a CPU trains from scratch unless told otherwise: the same model, smaller.
 CPU_SETTINGS = dict(
@@ -210,7 +210,7 @@ class TextData:
 
     def cut(self, starts):
         tokens = torch.from_numpy(self.stretches[starts].astype(np.int64))  # (B, T + 1)
-        return tokens[:, :-1], tokens[:, 1:].clone()
+        return tokens[:, :-1], tokens[:, 1:]
 
     def batch(self, step):
         """Windows at random places; with a stride, every window once in an epoch."""
@@ -229,8 +229,8 @@ class TextData:
         for i in range(0, len(starts), self.config.batch_size):
             batch = slice(i, i + self.config.batch_size)
             x, y = self.cut(starts[batch])
-            y[torch.from_numpy(np.arange(self.T) < self.T - n_new[batch, None])] = -100
-            yield x, y
+            is_new = torch.from_numpy(np.arange(self.T) >= self.T - n_new[batch, None])  # (B, T)
+            yield x, y.where(is_new, -100)
 
 
 class InstructionData:
@@ -562,7 +562,8 @@ def training_step(model, optimizers, x, y, step, fraction, config, autocast):
     """One step of gradient descent; returns the loss. fraction says how much of the run is over.
     Where memory is too small for all sequences at once, they go through the model batch by batch,
     and their gradients add up: gradient accumulation."""
-    multiplier = min((step + 1) / (config.warmup_iters + 1), 1 - fraction)  # as in char_gpt.py
+    # The learning rates warm up, as in char_gpt.py, and then fall to zero as half a cosine wave.
+    multiplier = min((step + 1) / (config.warmup_iters + 1), math.cos(math.pi / 2 * fraction) ** 2)
     for optimizer in optimizers:
         optimizer.zero_grad()
         for group in optimizer.param_groups:
@@ -656,7 +657,7 @@ def describe(loss, bytes_per_token):
     """The loss; perplexity: a uniform guess among that many tokens has the same loss; and bits per
     byte of the text, which compare models with different vocabularies."""
     bits = loss / math.log(2) / bytes_per_token
-    return f"{loss:.4f} (perplexity {math.exp(loss):.2f}, {bits:.3f} bits/byte)"
+    return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits/byte)"
 
 
 def report(checkpoint, model, tokenizer, val_data, config):
@@ -734,7 +735,7 @@ def load_pretrained(name_or_path, settings, given):
             sizes = {name: checkpoint["config"][name] for name in SIZE_NAMES}
             state, tokenizer = checkpoint["model"], unpack_vocab(checkpoint["vocab"])
         wpe = "transformer.wpe.weight"
-        config = GPTConfig(**settings | dict(block_size=len(state[wpe])) | sizes | given)
+        config = GPTConfig(**settings | {"block_size": len(state[wpe])} | sizes | given)
         if config.n_head != sizes["n_head"]:  # in any other size the weights would not fit
             raise ValueError(f"--n_head is {sizes['n_head']} in this model")
         state[wpe] = state[wpe][: config.block_size]  # a shorter context needs fewer positions
@@ -789,7 +790,6 @@ def read_config(path):
     for name, value in VARIANTS.items():
         if config.get(name, value) != value:
             raise ValueError(f"{name} is {config[name]}; in GPT-2 it is {value}")
-    config["block_size"] = config["n_positions"]
     return {name: config[name] for name in SIZE_NAMES}
 
 
