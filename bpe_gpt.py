@@ -71,9 +71,9 @@ class GPTConfig:
     data: str = ""  # text file, or folder of train.bin and val.bin; default: Tiny Shakespeare
     instructions: str = ""  # JSON file of instructions with responses, to learn from instead
     stride: int = 0  # tokens from window to window; 0: train at random places, evaluate end to end
-    eval_only: bool = False  # print the loss over all of a text (of a folder, its val.bin), and end
+    eval_only: bool = False  # print the loss on all of --data (of a folder, its val.bin), and end
     export: str = ""  # write the model to this folder in Hugging Face's format, and end
-    out: str = "out/bpe_gpt.pt"  # checkpoint, for sample.py, --resume and --init
+    out: str = "out/bpe_gpt.pt"  # checkpoint, for sample.py, --resume, --init; replaces an old one
 
 
 # The published models; vocab_size and block_size are those above.
@@ -87,7 +87,7 @@ SIZE_NAMES = "vocab_size", "n_layer", "n_head", "n_embd"
 
 # What a CPU trains from scratch unless told otherwise: the same model, smaller.
 CPU_SETTINGS = dict(
-    vocab_size=1024, n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=32,
+    vocab_size=1024, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
     total_batch_size=2048, max_iters=2400, eval_interval=400, learning_rate=0.002,
     muon_learning_rate=0.025)
 # Fine-tuning takes few, small steps, so that the model learns the text and forgets little else;
@@ -176,8 +176,9 @@ def gpt2_tokenizer():
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # the network fails in many ways
-        raise OSError(f"cannot fetch GPT-2's vocabulary ({type(error).__name__}); --vocab_size 1024"
-                      " learns one from the text") from None
+        raise OSError(
+            f"cannot fetch GPT-2's vocabulary ({type(error).__name__}); --vocab_size 1024 learns one"
+        ) from None
 
 
 def pack_vocab(tokenizer):
@@ -616,15 +617,15 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
                 checkpoint["model"] = copy.deepcopy(model.state_dict())
             history.append((step, sum(losses) / len(losses), val_loss))
             losses, earlier = [], False
-            report(checkpoint, model, tokenizer, val_data, config)
         if RANK == 0 and (not losses or stop and not earlier):
             checkpoint["last"] = dict(step=step, losses=losses, model=model.state_dict(),
                                       optimizers=[o.state_dict()["state"] for o in optimizers],
                                       seconds=time.perf_counter() - started)
             write_whole(config.out, lambda file: torch.save(checkpoint, file))
+        if not losses:
+            report(checkpoint, model, tokenizer, val_data, config)
     if stop:
-        sys.exit(f"stopped after step {step}: "
-                 f"{'not saved, to keep an earlier run' if earlier else '--resume continues it'}")
+        sys.exit(f"stopped after step {step}; {'old file kept' if earlier else '--resume goes on'}")
 
 
 def show_progress(step, loss, n_tokens, fraction, started):
@@ -755,8 +756,8 @@ def find_tokenizer(model, tokenizer):
     model's."""
     tokenizer = tokenizer or gpt2_tokenizer()
     if tokenizer.n_vocab != model.config.vocab_size:
-        raise ValueError(f"the model has {model.config.vocab_size} tokens, its tokenizer "
-                         f"{tokenizer.n_vocab}: put its vocab.json and merges.txt beside it")
+        raise ValueError(
+            f"the model has {model.config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}")
     return tokenizer
 
 
@@ -832,8 +833,8 @@ def write_tokenizer(tokenizer, folder):
 
 
 def read_tokenizer(folder):
-    """From vocab.json, or else tokenizer.json; None where there is neither. The merges are not
-    read: as in GPT-2, their order is that of the tokens."""
+    """From vocab.json, or else tokenizer.json; None where there is neither. The rest is taken to be
+    as in GPT-2: words are split by its rule, and merges come in the order of the tokens."""
     files = [*folder.glob("vocab.json"), *folder.glob("tokenizer.json")]
     if not files:
         return None
@@ -981,8 +982,8 @@ def main():
     print(f"val loss {loss}; uniform: ln({config.vocab_size}) = {math.log(config.vocab_size):.4f}")
     first = train_data.batch(0)[0].tolist()
     if checkpoint.setdefault("first_batch", first) != first:
-        raise ValueError(f"the run in {config.out} began with another text, batch size, context or "
-                         "seed, which --resume cannot change")
+        raise ValueError(
+            f"--resume: {config.out} began with another text, batch size, context or seed")
     checkpoint |= dict(config=vars(config), vocab=pack_vocab(tokenizer), bytes_per_token=n_bytes)
     checkpoint.setdefault("model", model.state_dict())  # until there is a best
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)

@@ -48,7 +48,7 @@ class GPTConfig:
     fused: bool = True  # use PyTorch's kernels for the formulas written out below
     batch_size: int = 16  # sequences in a step
     max_iters: int = 1500  # steps of gradient descent
-    minutes: float = 0.0  # if given, train for this long instead
+    minutes: float = 0.0  # if given, train for this long instead (in all, if resumed)
     eval_interval: int = 200  # steps between evaluations
     learning_rate: float = 0.006  # of AdamW, for embeddings, gains and biases
     muon_learning_rate: float = 0.025  # of Muon, for the matrices of the blocks
@@ -333,15 +333,15 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
                 checkpoint["model"] = copy.deepcopy(model.state_dict())
             history.append((step, sum(losses) / len(losses), val_loss))
             losses, earlier = [], False
-            report(checkpoint, model, tokenizer, val_data, config)
         if not losses or stop and not earlier:
             checkpoint["last"] = dict(step=step, losses=losses, model=model.state_dict(),
                                       optimizers=[o.state_dict()["state"] for o in optimizers],
                                       seconds=time.perf_counter() - started)
             write_whole(config.out, lambda file: torch.save(checkpoint, file))
+        if not losses:
+            report(checkpoint, model, tokenizer, val_data, config)
     if stop:
-        sys.exit(f"stopped after step {step}: "
-                 f"{'not saved, to keep an earlier run' if earlier else '--resume continues it'}")
+        sys.exit(f"stopped after step {step}; {'old file kept' if earlier else '--resume goes on'}")
 
 
 def show_progress(step, loss, n_tokens, fraction, started):

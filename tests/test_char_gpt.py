@@ -486,11 +486,11 @@ def test_ctrl_c_saves_but_keeps_an_earlier_runs_model_until_there_is_a_better_on
     path, flags = clone / "out" / "c.pt", f"{FLAGS} --out out/c.pt".split()
     path.unlink(missing_ok=True)
     _, error = run("-c", code, "char_gpt.py", *flags, cwd=clone, status=1)
-    assert "stopped after step 3: --resume continues it" in error
+    assert "stopped after step 3; --resume goes on" in error
     assert load_checkpoint(path, "char_gpt")["last"]["step"] == 3
     before = path.read_bytes()
     _, error = run("-c", code, "char_gpt.py", *flags, cwd=clone, status=1)
-    assert "not saved, to keep an earlier run" in error and path.read_bytes() == before
+    assert "stopped after step 3; old file kept" in error and path.read_bytes() == before
     evaluated = [*flags, "--eval_interval", "1"]
     run("-c", code, "char_gpt.py", *evaluated, cwd=clone, status=1)
     assert path.read_bytes() != before
