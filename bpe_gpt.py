@@ -177,7 +177,7 @@ def gpt2_tokenizer():
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # the network fails in many ways
         raise OSError(
-            f"cannot fetch GPT-2's vocabulary ({type(error).__name__}); --vocab_size 1024 learns one"
+            f"cannot fetch GPT-2's vocabulary ({type(error).__name__}): try --vocab_size 1024"
         ) from None
 
 
