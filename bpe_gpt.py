@@ -313,8 +313,7 @@ def read_records(path):
     except AttributeError:
         raise ValueError(f"{path} must hold records with the fields {', '.join(FIELDS)}") from None
     complete = [r for r in records if r["instruction"].strip() and r["output"].strip()]
-    if len(complete) < len(records):
-        print(f"{len(records) - len(complete)} records without instruction or output: skipped")
+    print(f"{len(records) - len(complete)} records have no instruction or no output: skipped")
     if len(complete) < 10:
         raise ValueError(f"{path} has {len(complete)} usable records; at least 10 are needed")
     return complete
@@ -518,14 +517,6 @@ def generate(model, idx, max_new_tokens, choose=sample):
 RANK, N_PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join_processes(device):
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()  # by NCCL on GPUs, by Gloo on CPUs
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
-
-
 def sum_over_processes(tensor):
     if N_PROCESSES > 1:
         dist.all_reduce(tensor)
@@ -608,8 +599,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
         losses.append(training_step(forward, optimizers, x, y, step, fraction, config, autocast))
         step += 1
         stop = sum_over_processes(torch.tensor(len(caught), device=device)).item() > 0
-        if RANK == 0:
-            show_progress(step, losses[-1], y.numel(), step / config.max_iters, started)
+        show_progress(step, losses[-1], y.numel(), step / config.max_iters, started)
         if step % config.eval_interval == 0 or step == config.max_iters:
             with autocast:
                 val_loss = evaluate(model, val_data)
@@ -671,8 +661,7 @@ def report(checkpoint, model, tokenizer, val_data, config):
         ids = tokenizer.encode_ordinary(prompt)
         idx = torch.tensor([ids], device=model.lm_head.weight.device)
         ids += [new.item() for new in generate(model, idx, 60)]
-        text = tokenizer.decode(ids).split("### Instruction:\n")[-1]
-        print("    | " + text.strip().replace("\n", "\n    | "))
+        print("    | " + tokenizer.decode(ids).strip().replace("\n", "\n    | "))
 
 # ---- Weights in Hugging Face's format -----------------------------------------------------------
 
@@ -682,7 +671,7 @@ def report(checkpoint, model, tokenizer, val_data, config):
 CONV1D = "c_attn.weight", "c_proj.weight", "c_fc.weight"
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 # Settings in config.json that change the result, but no tensor. Only these values are supported.
-VARIANTS = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
+VARIANTS = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5,
                 scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
 
 HUB = "https://huggingface.co/openai-community"
@@ -747,8 +736,9 @@ def load_pretrained(name_or_path, settings, given):
         model.lm_head.weight = model.transformer.wte.weight
         return model, tokenizer
     except Exception as error:  # a damaged file can trip its reader in any way
-        raise ValueError(f"cannot load {path}: {type(error).__name__}: "
-                         f"{' '.join(str(error).split()):.300}") from None
+        raise ValueError(
+            f"cannot load {path}: {type(error).__name__}: {' '.join(str(error).split()):.300}"
+        ) from None
 
 
 def find_tokenizer(model, tokenizer):
@@ -957,8 +947,14 @@ def main():
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # any character, line by line
     given = parse_flags(GPTConfig)
     device = pick_device(given.get("device", "auto"))
-    if N_PROCESSES > 1:
-        join_processes(device)
+    if N_PROCESSES > 1:  # they meet in a store, which after a restart has addresses of the dead
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store = next(dist.rendezvous("env://"))[0]
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(store=store, rank=RANK, world_size=N_PROCESSES)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     checkpoint, config, model, tokenizer = start(given, device)
     if config.export:
         return export(model, tokenizer, config.export)
