@@ -452,15 +452,15 @@ FLAGS = "--data data/the-glass-harbour.txt --n_layer 1 --n_head 1 --n_embd 16 --
 
 
 def test_resume_trains_for_longer_and_refuses_another_size_or_text(clone):
-    few = f"{FLAGS} --max_iters 4 --eval_interval 2 --out out/r.pt"
+    few = f"{FLAGS} --max_iters 4 --eval_interval 2 --out r.pt"
     assert "before training" in run("char_gpt.py", "--resume", *few.split(), cwd=clone)[0]
-    before = (clone / "out" / "r.pt").read_bytes()
-    resume = ("--resume", "--out", "out/r.pt")
+    before = (clone / "r.pt").read_bytes()
+    resume = ("--resume", "--out", "r.pt")
     (clone / "other.txt").write_text("".join(sorted(PLAY.read_text(encoding="utf-8"))))
     for other in ("--n_layer 2", "--n_head 2", "--n_embd 32", "--block_size 8", "--data other.txt"):
         error = one_line_error("char_gpt.py", *resume, *other.split(), cwd=clone)
         assert "--resume: the run has n_layer 1, n_head 1" in error
-    assert (clone / "out" / "r.pt").read_bytes() == before
+    assert (clone / "r.pt").read_bytes() == before
     output, _ = run("char_gpt.py", *resume, "--max_iters", "6", cwd=clone)
     assert "before training" not in output and "step 6:" in output
 
@@ -483,7 +483,7 @@ char_gpt.main()
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no SIGINT to send")
 def test_ctrl_c_saves_but_keeps_an_earlier_runs_model_until_there_is_a_better_one(clone):
     code = STOP.format(root=str(ROOT))
-    path, flags = clone / "out" / "c.pt", f"{FLAGS} --out out/c.pt".split()
+    path, flags = clone / "c.pt", f"{FLAGS} --out c.pt".split()
     path.unlink(missing_ok=True)
     _, error = run("-c", code, "char_gpt.py", *flags, cwd=clone, status=1)
     assert "stopped after step 3; --resume goes on" in error

@@ -170,7 +170,7 @@ def test_records_of_no_use_are_skipped_and_counted(tmp_path, capsys):
                {"instruction": "", "input": "x", "output": "x"}, dict(RECORDS[0], output=" \n")]
     (tmp_path / "x.json").write_text(json.dumps(RECORDS[:5] + useless + RECORDS[5:]))
     assert read_records(tmp_path / "x.json") == RECORDS
-    assert capsys.readouterr().out == "5 records without instruction or output: skipped\n"
+    assert capsys.readouterr().out == "5 records have no instruction or no output: skipped\n"
 
 
 @pytest.mark.parametrize("content, clue", [
@@ -268,7 +268,7 @@ def test_a_run_on_instructions_is_resumed(taught):
 
 def test_the_records_in_data_are_many_and_distinct(capsys):
     records = read_records(ROOT / "data" / "instructions.json")
-    assert not capsys.readouterr().out, "none is skipped"
+    assert capsys.readouterr().out.startswith("0 records"), "none is skipped"
     assert len(records) >= 300
     assert len({(r["instruction"], r["input"]) for r in records}) == len(records)
     assert 0.3 < sum(bool(r["input"]) for r in records) / len(records) < 0.7

@@ -40,9 +40,9 @@ def folder(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(folder):
-    """A model of characters, one of tokens, and one that is fine-tuned, killed 5 times each."""
+    """A model of characters, one of tokens, and one that is fine-tuned, killed 3 times each."""
     harness = [sys.executable, ROOT / "tests" / "killing.py"]
-    runs = ("char_gpt 5 a.pt", CHAR), ("bpe_gpt 5 b.pt", SCRATCH), ("bpe_gpt 5 c.pt", TUNING)
+    runs = ("char_gpt 3 a.pt", CHAR), ("bpe_gpt 3 b.pt", SCRATCH), ("bpe_gpt 3 c.pt", TUNING)
     for process in [
         subprocess.Popen(
             [*harness, *what.split(), *flags.split()],
@@ -52,7 +52,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(folder):
     ]:
         output, error = process.communicate()
         assert process.returncode == 0 and error == "", error
-        assert int(output.split()[0]) >= 5
+        assert int(output.split()[0]) >= 3
 
 
 # When things go wrong
@@ -132,17 +132,17 @@ def workers(pid):
 @linux
 def test_when_a_process_is_killed_torchrun_goes_on_from_the_checkpoint(folder):
     """--resume is all it takes: it means to go on from the checkpoint, if there is one."""
-    flags = STEPS.replace("--max_iters 20 --eval_interval 5", "--max_iters 400 --eval_interval 100")
+    flags = STEPS.replace("--max_iters 20 --eval_interval 5", "--max_iters 200 --eval_interval 50")
     run(ROOT / "bpe_gpt.py", *flags.split(), "--out", "one.pt", cwd=folder)
     process = torchrun(2, *flags.split(), "--resume", "--out", "two.pt", cwd=folder, restarts=3)
     output, killed = "", False
     for line in process.stdout:
         output += line
-        if line.startswith("step 200:") and not killed:
+        if line.startswith("step 100:") and not killed:
             os.kill(workers(process.pid)[-1], signal.SIGKILL)
             killed = True
     assert process.wait() == 0, output
     ours, theirs = history(folder / "two.pt"), history(folder / "one.pt")
-    assert [row[0] for row in ours] == [100, 200, 300, 400]
+    assert [row[0] for row in ours] == [50, 100, 150, 200]
     assert all(a[2] == pytest.approx(b[2], abs=2e-3) for a, b in zip(ours, theirs))
-    assert output.count("step 100:") == 1, "it did not begin anew"
+    assert output.count("step 50:") == 1, "it did not begin anew"
