@@ -96,7 +96,7 @@ def cross_entropy(logits, targets):
 class BigramLanguageModel(nn.Module):
     """Row i of the table holds the scores of every character that may follow character i. The table
     is an nn.Embedding: rows of parameters, looked up by number."""
-    block_size = 1  # its context: how many tokens it sees (those of BigramConfig are exercises)
+    block_size = 1  # context: how many tokens the model sees, however long its training sequences
 
     def __init__(self, config):
         super().__init__()
@@ -182,7 +182,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint):
 def report(checkpoint, model, tokenizer, val_data, config):
     """Print the latest losses, and what the model writes by now."""
     step, train_loss, val_loss = checkpoint["history"][-1]
-    # Divided by ln(2), in bits, and per byte of text, losses compare between vocabularies.
+    # In bits (a bit is ln 2) per byte of text, losses compare between vocabularies.
     bits = val_loss / math.log(2) / checkpoint["bytes_per_token"]
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
     torch.manual_seed(config.seed)

@@ -586,7 +586,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     optimizers = make_optimizers(model, config)
     history, last = checkpoint["history"], checkpoint["last"]
     step, losses, started = last["step"], last["losses"], time.perf_counter() - last["seconds"]
-    earlier = step == 0 and Path(config.out).exists()  # of another run: kept until an evaluation
+    earlier = step == 0 and Path(config.out).exists()  # an older run: kept until an evaluation
     if step > 0:
         model.load_state_dict(last["model"])
         for optimizer, state in zip(optimizers, last["optimizers"]):

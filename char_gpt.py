@@ -309,7 +309,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     optimizers = make_optimizers(model, config)
     history, last = checkpoint["history"], checkpoint["last"]
     step, losses, started = last["step"], last["losses"], time.perf_counter() - last["seconds"]
-    earlier = step == 0 and Path(config.out).exists()  # of another run: kept until an evaluation
+    earlier = step == 0 and Path(config.out).exists()  # an older run: kept until an evaluation
     if step > 0:
         model.load_state_dict(last["model"])
         for optimizer, state in zip(optimizers, last["optimizers"]):
@@ -367,7 +367,7 @@ def catch_signals():
 def report(checkpoint, model, tokenizer, val_data, config):
     """Print the latest losses, and what the model writes by now."""
     step, train_loss, val_loss = checkpoint["history"][-1]
-    # Divided by ln(2), in bits, and per byte of text, losses compare between vocabularies.
+    # In bits (a bit is ln 2) per byte of text, losses compare between vocabularies.
     bits = val_loss / math.log(2) / checkpoint["bytes_per_token"]
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
     torch.manual_seed(config.seed)
