@@ -70,7 +70,7 @@ class GPTConfig:
     resume: bool = False  # go on from the checkpoint, if there is one
     data: str = ""  # text file, or folder of train.bin and val.bin; default: Tiny Shakespeare
     instructions: str = ""  # JSON file of instructions with responses, to learn from instead
-    stride: int = 0  # tokens from window to window; 0: train at random places, evaluate end to end
+    stride: int = 0  # evaluation: tokens from one window to the next; 0: windows end to end
     eval_only: bool = False  # print the loss on all of --data (of a folder, its val.bin), and end
     export: str = ""  # write the model to this folder in Hugging Face's format, and end
     out: str = "out/bpe_gpt.pt"  # checkpoint, for sample.py, --resume, --init; replaces an old one
@@ -214,12 +214,11 @@ class TextData:
         return tokens[:, :-1], tokens[:, 1:]
 
     def batch(self, step):
-        """Windows at random places; with a stride, every window once in an epoch."""
-        n = len(self.stretches)
-        if self.stride:
-            return self.cut(shuffled(range(0, n, self.stride), step, self.config))
-        rng = np.random.default_rng((self.config.seed, step))
-        return self.cut(rng.integers(n, size=sequences_per_step(self.config)))
+        """Steps of the golden ratio, as in char_gpt.py: all parts come equally often."""
+        B = sequences_per_step(self.config)
+        numbers = step * B + np.arange(B)
+        rounds = np.random.default_rng(self.config.seed).random() + numbers * 0.6180339887498949
+        return self.cut((rounds % 1 * len(self.stretches)).astype(int))
 
     def windows(self):
         """End to end; with a stride, overlapping. Each token counts once, in the first window that
@@ -542,7 +541,7 @@ def make_optimizers(model, config):
     matrices, others = [], []
     for name, p in model.named_parameters():
         (matrices if ".h." in name and p.dim() == 2 else others).append(p)
-    adamw = torch.optim.AdamW(others, config.learning_rate, betas=(0.9, 0.95), weight_decay=0)
+    adamw = torch.optim.AdamW(others, config.learning_rate, weight_decay=0)
     if config.muon_learning_rate == 0:
         adamw.add_param_group(dict(params=matrices, weight_decay=config.weight_decay))
         return (adamw,)

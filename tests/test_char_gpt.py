@@ -306,14 +306,15 @@ def step_of(model, config, step=0, fraction=0.0, optimizers=None):
     return training_step(model, optimizers, x, x.roll(-1, 1), step, fraction, config, autocast)
 
 
-def test_the_learning_rate_rises_soon_and_falls_in_a_line_to_zero():
+def test_the_learning_rate_rises_soon_and_falls_to_zero_as_half_a_cosine():
     model, config, rates = build(), GPTConfig(warmup_iters=9, learning_rate=1.0), []
     optimizers = make_optimizers(model, config)
     for step in range(100):
         step_of(model, config, step, step / 100, optimizers)
         rates.append(optimizers[1].param_groups[0]["lr"])
     assert rates[0] == pytest.approx(0.1) and rates[:10] == sorted(rates[:10])
-    assert rates[10:] == pytest.approx([1 - step / 100 for step in range(10, 100)])
+    wave = [0.5 + 0.5 * math.cos(math.pi * step / 100) for step in range(10, 100)]
+    assert rates[10:] == pytest.approx(wave)
 
 
 def test_a_gradient_that_is_too_long_is_shortened():

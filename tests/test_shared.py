@@ -204,6 +204,14 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert not torch.equal(x, next_step) and not torch.equal(x, other_seed)
 
 
+def test_no_part_of_the_text_is_visited_much_more_often_than_another():
+    """Random places would visit some parts of it twice as often as others."""
+    data = torch.arange(20_000)
+    steps = [bigram.get_batch(data, CONFIG, step)[0] for step in range(1600)]
+    visits = torch.cat(steps).flatten().bincount(minlength=len(data))[100:-100]
+    assert 9 <= visits.min() and visits.max() <= 12  # of 10.2 on average
+
+
 def test_batches_reach_every_token_of_the_text():
     data = torch.arange(40)
     seen = set()
