@@ -89,7 +89,7 @@ SIZE_NAMES = "vocab_size", "n_layer", "n_head", "n_embd"
 CPU_SETTINGS = dict(
     vocab_size=1024, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
     total_batch_size=2048, max_iters=2400, eval_interval=400, learning_rate=0.002,
-    muon_learning_rate=0.025)
+    muon_learning_rate=0.025, weight_decay=0.15)
 # Fine-tuning takes few, small steps, so that the model learns the text and forgets little else;
 # and not by Muon, which changes all directions of a matrix, also those that are right as they are.
 FINE_TUNING_SETTINGS = dict(
