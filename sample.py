@@ -349,16 +349,35 @@ def load_model(name):
 
 def fast_dtype(model, device, config):
     """For each new token all weights are read from memory, which in a large model takes most of the
-    time: half the bits, half the time. On a CPU, float16 is fastest for one token at a time, slow
-    with several texts, or with one that outgrows the context and is read anew for each token."""
+    time: half the bits, half the time. On a CPU that lacks bfloat16, several tokens at once are
+    faster in float32."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     if sum(p.numel() for p in model.parameters()) < 50e6:
         return torch.float32
-    single = config.num_samples == 1 and not config.beam
-    if device.type == "cpu" and single and config.max_new_tokens <= model.block_size // 2:
-        return torch.float16
-    return pick_dtype("auto", device)
+    single = device.type == "cpu" and config.num_samples == 1 and not config.beam
+    return torch.bfloat16 if single else pick_dtype("auto", device)
+
+
+class FastLinear(torch.nn.Linear):
+    """torch.nn.Linear on a CPU, up to twice as fast for a single token (PyTorch 2.13)."""
+    def forward(self, x):  # (B, T, in_features)
+        single = x.numel() == self.in_features
+        torch.backends.mkldnn.enabled = not single  # a library, fast with several tokens only
+        if not single or x.dtype != torch.float32:
+            return super().forward(x)
+        # In float32 PyTorch leaves a product of a matrix and a vector to one core. A batch of such
+        # products, each with a part of the matrix, is shared by all cores.
+        n = max(n for n in range(1, 65) if self.out_features % n == 0)
+        parts = self.weight.unflatten(0, (n, -1))  # (n, out_features / n, in_features)
+        y = torch.bmm(parts, x.mT.expand(n, -1, -1)).view(1, 1, -1)  # x.mT is (1, in_features, 1)
+        return y if self.bias is None else y + self.bias
+
+
+def speed_up(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.__class__ = FastLinear
 
 
 def parse_flags(Config):
@@ -409,6 +428,8 @@ def main():
     device = pick_device("auto")
     dtype = fast_dtype(model, device, config)
     model.to(device, dtype)
+    if device.type == "cpu":
+        speed_up(model)
     print(f"{models[0]} on {device}, {dtype}", file=sys.stderr)
     torch.manual_seed(config.seed)
     instructed = config.instruct or config.interactive and checkpoint.get("config", {}).get(

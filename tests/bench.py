@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bpe_gpt
 import char_gpt
+import sample
 
 DEVICE = char_gpt.pick_device("auto")
 FAST = char_gpt.pick_dtype("auto", DEVICE)
@@ -302,6 +303,7 @@ def their_generation(model, n_rows, n_tokens):
     """The same by Hugging Face's generate()."""
     prompt = torch.arange(16, device=DEVICE).repeat(n_rows, 1)
     settings = dict(max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False)
+    torch.backends.mkldnn.enabled = True  # as it was before sample.FastLinear
     start = now()
     model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **settings)
     return now() - start
@@ -309,6 +311,8 @@ def their_generation(model, n_rows, n_tokens):
 
 def decode(folder):
     model = bpe_gpt.load_pretrained(folder, {}, {})[0].to(DEVICE).eval()
+    if DEVICE.type == "cpu":
+        sample.speed_up(model)
     runs = {"ours": (model, generation)}
     with contextlib.suppress(ImportError):
         from transformers import GPT2LMHeadModel
@@ -329,6 +333,8 @@ def decode(folder):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype)[6:]
         for n_rows, n_tokens in (1, 60), (8, 30):
+            if n_rows > 1 and dtype == torch.float16 and DEVICE.type == "cpu":
+                continue  # minutes, at a tenth of the speed of the others
             seconds = {who: [] for who in runs}
             for _ in range(6):  # taking turns, on a machine whose speed changes; the first warms up
                 for who, (model, generate) in runs.items():

@@ -26,6 +26,7 @@ GPTS = pytest.mark.parametrize("script", [char_gpt, bpe_gpt], ids=lambda script:
 def command(clone, monkeypatch, capsys):
     """`python sample.py FLAGS` in the clone, within this process."""
     monkeypatch.chdir(clone)
+    monkeypatch.setattr("torch.backends.mkldnn.enabled", True)  # again after the test
     def main(*flags):
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
         sample.main()
@@ -314,6 +315,22 @@ def test_the_newest_model_speaks_and_the_same_seed_gives_the_same_text(command, 
     assert f"out/{script}.pt" in notes and sum(c in " etaoin" for c in text) > 35
     assert command(f"out/{script}.pt", *flags, "--seed", "1337").out == text
     assert command(f"out/{script}.pt", *flags, "--seed", "2").out != text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_rows", [1, 2])
+def test_faster_products_give_the_same_scores(n_rows, dtype, monkeypatch):
+    monkeypatch.setattr("torch.backends.mkldnn.enabled", True)
+    model, idx = tiny(bpe_gpt, vocab_size=87, std=0.2), torch.tensor([[5, 1, 86, 0, 29]] * n_rows)
+    expected, _ = model(idx)
+    model.to(dtype)
+    for fast in False, True:
+        caches = [bpe_gpt.Cache(8) for _ in model.transformer.h]
+        logits = [model(part, caches=caches)[0] for part in idx.split((2, 1, 1, 1), dim=1)]
+        error = (torch.cat(logits, dim=1) - expected).abs().max()
+        assert error < 4 * torch.finfo(dtype).eps * expected.abs().max()
+        sample.speed_up(model)
+        assert any(isinstance(module, sample.FastLinear) for module in model.modules())
 
 
 @pytest.mark.parametrize("beam", [0, 4])
