@@ -77,8 +77,8 @@ def get_batch(data, config, step):
     T = block_size tokens, and the same stretches one token later. y[b, t] is the token that follows
     x[b, t], so each row is T exercises. Depends on (seed, step) alone: a run can be repeated."""
     windows = data.unfold(0, config.block_size + 1, 1)  # views of all stretches of T + 1 tokens
-    # Random places would visit some parts of the text more often than others. Steps of the golden
-    # ratio, round and round, visit all equally: each one falls into one of the widest gaps.
+    # Random places would visit some parts of the text more often than others. Going round it by the
+    # golden ratio again and again visits all equally: each place is in one of the widest gaps left.
     numbers = step * config.batch_size + np.arange(config.batch_size)
     rounds = np.random.default_rng(config.seed).random() + numbers * 0.6180339887498949
     tokens = windows[(rounds % 1 * len(windows)).astype(int)]  # (B, T + 1)

@@ -45,8 +45,8 @@ class GPTConfig:
     block_size: int = 256  # context: how many characters the model can see
     dropout: float = 0.2  # fraction of activations zeroed in training, against overfitting
     fused: bool = True  # use PyTorch's kernels for the formulas written out below
-    batch_size: int = 64  # sequences in a step
-    max_iters: int = 1200  # steps of gradient descent
+    batch_size: int = 32  # sequences in a step
+    max_iters: int = 1800  # steps of gradient descent
     minutes: float = 0.0  # if given, train for this long instead (in all, if resumed)
     eval_interval: int = 200  # steps between evaluations
     learning_rate: float = 0.006  # of AdamW, for embeddings, gains and biases
@@ -63,7 +63,7 @@ class GPTConfig:
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/char_gpt.pt"  # checkpoint, for sample.py and --resume
 
-# What a CPU trains: the same model, smaller; or, with --full, the full one, on less data a step.
+# What a CPU trains: a smaller model; or, with --full, the full one. Fewer passes, less dropout.
 CPU_SETTINGS = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, max_iters=1800,
                     batch_size=16, eval_interval=300)
 FULL_CPU_SETTINGS = dict(dropout=0.1, batch_size=16, max_iters=1400)
@@ -100,8 +100,8 @@ def get_batch(data, config, step):
     T = block_size tokens, and the same stretches one token later. y[b, t] is the token that follows
     x[b, t], so each row is T exercises. Depends on (seed, step) alone: a run can be repeated."""
     windows = data.unfold(0, config.block_size + 1, 1)  # views of all stretches of T + 1 tokens
-    # Random places would visit some parts of the text more often than others. Steps of the golden
-    # ratio, round and round, visit all equally: each one falls into one of the widest gaps.
+    # Random places would visit some parts of the text more often than others. Going round it by the
+    # golden ratio again and again visits all equally: each place is in one of the widest gaps left.
     numbers = step * config.batch_size + np.arange(config.batch_size)
     rounds = np.random.default_rng(config.seed).random() + numbers * 0.6180339887498949
     tokens = windows[(rounds % 1 * len(windows)).astype(int)]  # (B, T + 1)
@@ -213,7 +213,7 @@ class GPT(nn.Module):
         # Weight tying (Press & Wolf 2017): one table serves at both ends. At the input a row says
         # what its token is like; at the output its dot product with x says how well it fits.
         self.lm_head.weight = self.transformer.wte.weight
-        # Small weights give small scores: a random GPT, too, starts with a loss near ln(vocab_size)
+        # Small weights give small scores: a new GPT's loss, like bigram.py's, is near ln(vocab_size).
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -472,7 +472,7 @@ def main():
         settings = checkpoint["config"]
     elif pick_device(config.device).type == "cpu":
         settings = FULL_CPU_SETTINGS if config.full else CPU_SETTINGS
-        print("a CPU trains a small model; --full trains the full one")
+        print("a CPU trains a small model, or, with --full, the full one")
     config = GPTConfig(**settings | given | {"out": config.out})
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)

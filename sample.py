@@ -141,7 +141,7 @@ def continuations(model, idx, end, config):
 
 def stream(tokens, tokenizer, end, stop):
     """Yields the text of the tokens, as soon as it is certain: a part of a character waits for its
-    other bytes, and what may be the beginning of `stop` waits until it is not."""
+    other bytes, and what may be the beginning of `stop` waits until it cannot be."""
     decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
     for token in tokens:
         if token == end:
@@ -349,8 +349,8 @@ def load_model(name):
 
 def fast_dtype(model, device, config):
     """For each new token all weights are read from memory, which in a large model takes most of the
-    time: half the bits, half the time. On a CPU that lacks bfloat16, several tokens at once are
-    faster in float32."""
+    time: half the bits, half the time. A CPU without instructions for bfloat16 is still fast with
+    one text, but not with several."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     if sum(p.numel() for p in model.parameters()) < 50e6:
@@ -363,7 +363,7 @@ class FastLinear(torch.nn.Linear):
     """torch.nn.Linear on a CPU, up to twice as fast for a single token (PyTorch 2.13)."""
     def forward(self, x):  # (B, T, in_features)
         single = x.numel() == self.in_features
-        torch.backends.mkldnn.enabled = not single  # a library, fast with several tokens only
+        torch.backends.mkldnn.enabled = not single  # oneDNN is slow with a single one
         if not single or x.dtype != torch.float32:
             return super().forward(x)
         # In float32 PyTorch leaves a product of a matrix and a vector to one core. A batch of such
@@ -377,7 +377,7 @@ class FastLinear(torch.nn.Linear):
 def speed_up(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            module.__class__ = FastLinear
+            module.__class__ = FastLinear  # the same weights, another forward()
 
 
 def parse_flags(Config):
