@@ -448,7 +448,7 @@ class GPT(nn.Module):
         # Weight tying (Press & Wolf 2017): one table serves at both ends. At the input a row says
         # what its token is like; at the output its dot product with x says how well it fits.
         self.lm_head.weight = self.transformer.wte.weight
-        # Small weights give small scores: a new GPT's loss, like bigram.py's, is near ln(vocab_size).
+        # Small weights give small scores: the first loss, as in bigram.py, is near ln(vocab_size).
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
