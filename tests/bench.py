@@ -4,7 +4,6 @@
     python tests/bench.py --json speed.json
     python tests/bench.py --only decode    # or limits, small, full, bpe, load, finetune: one part
     python tests/bench.py --long           # trains the full character model too, to its end
-    python tests/bench.py --only gpu       # trains it with a GPU's settings, for hours on a CPU
 
 Baselines: the plain recipe, which is the same model trained with AdamW in float32 by nanoGPT's
 published settings; text without a cache; what the machine itself can do (matrix products, reading
@@ -125,9 +124,9 @@ def plain_recipe(size):
 
 
 def our_recipe(size, **settings):
-    """What `python char_gpt.py` does on a CPU, with `--full` if full; or what it does on a GPU."""
-    on_cpu = dict(small=char_gpt.CPU_SETTINGS, full=char_gpt.FULL_CPU_SETTINGS, gpu={})
-    config = char_gpt.GPTConfig(**on_cpu[size] | settings)
+    """What `python char_gpt.py` does on a CPU, with `--full` if full."""
+    smaller = char_gpt.CPU_SETTINGS if size == "small" else {}
+    config = char_gpt.GPTConfig(**smaller | settings)
     return config, char_gpt.make_optimizers, lambda step, config: step / config.max_iters, FAST
 
 
@@ -260,13 +259,6 @@ def full(long):
         done = [(step * ours, loss) for step, _, loss in checkpoint["history"]]
         fast, slow = time_to(GOAL, done), PLAIN_STEPS * plain
         row(f"  until {GOAL}, by its steps", fast / 60, "min", "of the plain recipe's", fast / slow)
-
-
-def gpu():
-    """What a GPU trains, on any machine: a minute or two on a GPU, and hours on a CPU."""
-    done = evaluations(training(our_recipe("gpu"), every=200))
-    row("char_gpt.py as on a GPU, all its steps", done[-1][0] / 60, "min")
-    row("  validation loss, best", min(loss for _, loss in done), "loss")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -430,7 +422,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parts = ("limits", "small", "full", "bpe", "decode", "load", "finetune")
-    parser.add_argument("--only", choices=(*parts, "gpu"), help="this part only")
+    parser.add_argument("--only", choices=parts, help="this part only")
     parser.add_argument("--long", action="store_true", help="train the full model to its end")
     parser.add_argument("--json", help="file for the same figures as data")
     parser.add_argument("--apart", nargs=3, help=argparse.SUPPRESS)
@@ -447,8 +439,6 @@ def main():
         small()
     if "full" in wanted:
         full(args.long)
-    if "gpu" in wanted:
-        gpu()
     if "bpe" in wanted:
         bpe()
     if {"decode", "load", "finetune"} & set(wanted):
