@@ -1,6 +1,6 @@
 """How fast the scripts are, beside what they are to be compared with, in one run on this machine:
 
-    python tests/bench.py                  # a table, in about half an hour on two CPU cores
+    python tests/bench.py                  # a table; most parts take minutes
     python tests/bench.py --json speed.json
     python tests/bench.py --only decode    # or limits, small, full, bpe, load, finetune: one part
     python tests/bench.py --long           # trains the full character model too, to its end
