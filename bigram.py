@@ -109,7 +109,9 @@ class BigramLanguageModel(nn.Module):
     def forward(self, idx, targets=None):
         """Tokens idx (B, T) to logits (B, T, vocab_size); with targets (B, T), also the loss."""
         logits = self.table(idx)
-        return logits, None if targets is None else cross_entropy(logits, targets)
+        if targets is None:
+            return logits, None
+        return logits, cross_entropy(logits, targets)
 
 
 def count_bigrams(data, vocab_size, add=0):
@@ -123,7 +125,7 @@ def count_bigrams(data, vocab_size, add=0):
     pairs = data[:-1] * vocab_size + data[1:]  # a number for each pair of neighbours
     counts = torch.bincount(pairs, minlength=vocab_size**2).view(vocab_size, vocab_size)
     model = BigramLanguageModel(BigramConfig(vocab_size))
-    model.table.weight.data = (counts + add).float().log()
+    model.table.weight.data = (counts + add).log()
     return model
 
 # ---- Generation ---------------------------------------------------------------------------------
