@@ -45,10 +45,13 @@ def row(what, value, unit, baseline="", ratio=None):
     if math.isinf(value):
         value, unit, ratio = None, "never", None
     ROWS.append(dict(what=what, value=value, unit=unit, baseline=baseline, ratio=ratio))
-    value = value or 0.0
-    digits = {"loss": 4, "bits/byte": 3}.get(unit, 2 if value < 10 else 1 if value < 100 else 0)
-    compared = "" if ratio is None else f"{ratio:6.2f} x  "
-    print(f"{what:58} {value:10,.{digits}f} {unit:10} {compared}{baseline}", flush=True)
+    figure = compared = ""
+    if value is not None:
+        digits = {"loss": 4, "bits/byte": 3}.get(unit, 2 if value < 10 else 1 if value < 100 else 0)
+        figure = f"{value:,.{digits}f}"
+    if ratio is not None:
+        compared = f"{ratio:6.2f} x  "
+    print(f"{what:58} {figure:>10} {unit:10} {compared}{baseline}", flush=True)
 
 
 def now():
