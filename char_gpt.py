@@ -63,7 +63,7 @@ class GPTConfig:
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/char_gpt.pt"  # checkpoint, for sample.py and --resume
 
-# What a CPU trains unless told otherwise: the same model, smaller, so that it overfits less.
+# What a CPU trains unless told otherwise: the same model, smaller. Small models overfit less.
 CPU_SETTINGS = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, weight_decay=0.1,
                     max_iters=1800, eval_interval=300)
 
