@@ -1,15 +1,16 @@
 """Bigram language model: predict the next character from the current one alone.
 
-The model is a table of 65 x 65 scores, one row for each character. Everything around the table is
-what GPT-2 needs too: text turned into integers, batches, a loss, gradient descent, validation,
-sampling. Read char_gpt.py next: it keeps all of this and puts a transformer in the table's place.
+The model is a table of 65 x 65 scores: for each character, how likely each character is to follow.
+Everything around the table is what GPT-2 needs too: text turned into integers and cut into batches,
+a loss, gradient descent, validation, sampling. Read char_gpt.py next: it keeps all of this and puts
+a transformer in the table's place.
 
-    python bigram.py                       # 4 seconds on two CPU cores
-    python bigram.py --data my_text.txt    # any text in UTF-8
+    python bigram.py                       # 5 seconds on two CPU cores
+    python bigram.py --data my_text.txt    # any text file in UTF-8
     python bigram.py --help                # every setting
 
-On Tiny Shakespeare the validation loss falls from ln(65) = 4.17 to 2.49. The best table can also be
-found without training, by counting pairs of characters; it reaches 2.48.
+On Tiny Shakespeare the validation loss falls from ln(65) = 4.17 to 2.49. Counting the pairs of
+characters in the training text finds the best table without training; it reaches 2.48.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -24,6 +25,7 @@ import math
 import os
 import sys
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -36,26 +38,27 @@ import torch.nn as nn
 @dataclass
 class BigramConfig:
     vocab_size: int = 65  # number of distinct characters; taken from the text
-    block_size: int = 256  # characters in a training sequence
-    batch_size: int = 32  # sequences in a step
-    max_iters: int = 300  # steps of gradient descent
-    eval_interval: int = 100  # steps between evaluations
-    learning_rate: float = 0.3  # size of the first step; it falls linearly to zero
-    seed: int = 1337  # the same seed gives the same run
+    block_size: int = 256  # length of a training sequence, in characters
+    batch_size: int = 32  # sequences per step
+    max_iters: int = 1000  # steps of gradient descent
+    eval_interval: int = 250  # steps between evaluations
+    learning_rate: float = 200.0  # size of the first steps; it falls linearly to zero
+    seed: int = 1337  # of the random numbers: the same seed gives the same run
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/bigram.pt"  # checkpoint, for sample.py
 
 # ---- Data ---------------------------------------------------------------------------------------
 
 class CharTokenizer:
-    """Characters to integers and back. The vocabulary is the sorted list of distinct characters; a
-    token is a character's place in it."""
+    """Turns characters into integers and back. The vocabulary is the sorted list of the distinct
+    characters; a token is a position in that list."""
     def __init__(self, chars):
         self.chars = sorted(set(chars))
-        self.stoi = {char: i for i, char in enumerate(self.chars)}
+        self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
 
     def encode(self, text):
-        if unknown := set(text) - self.stoi.keys():
+        unknown = set(text) - set(self.chars)
+        if unknown:
             raise ValueError(f"characters that are not in the vocabulary: {sorted(unknown)}")
         return [self.stoi[char] for char in text]
 
@@ -64,8 +67,8 @@ class CharTokenizer:
 
 
 def split_data(data, config):
-    """Train on the first 90%, validate on the rest. A model can lower its training loss by learning
-    the text by heart (overfitting). Only other text shows what it has really learned."""
+    """Train on the first 90%, validate on the rest. A model can lower its training loss simply by
+    memorizing the text (overfitting). Only text it has never seen shows what it has learned."""
     n = int(0.9 * len(data))
     if len(data) - n <= config.block_size:
         raise ValueError(f"{len(data)} characters are too few for --block_size {config.block_size}")
@@ -73,33 +76,45 @@ def split_data(data, config):
 
 
 def get_batch(data, config, step):
-    """Inputs x and targets y for one step, both of shape (B, T): B = batch_size stretches of
-    T = block_size tokens, and the same stretches one token later. y[b, t] is the token that follows
-    x[b, t], so each row is T exercises. Depends on (seed, step) alone: a run can be repeated."""
-    windows = data.unfold(0, config.block_size + 1, 1)  # views of all stretches of T + 1 tokens
-    # Random places would visit some parts of the text more often than others. Going round it by the
-    # golden ratio again and again visits all equally: each place is in one of the widest gaps left.
-    numbers = step * config.batch_size + np.arange(config.batch_size)
-    rounds = np.random.default_rng(config.seed).random() + numbers * 0.6180339887498949
-    tokens = windows[(rounds % 1 * len(windows)).astype(int)]  # (B, T + 1)
-    return tokens[:, :-1], tokens[:, 1:]
+    """The batch for one training step: inputs x and targets y, both (B, T). A row of x is a stretch
+    of T = block_size tokens, and the row of y is the same stretch one token later: y[b, t] is the
+    token that follows x[b, t]. So every row holds T exercises in predicting the next token.
+
+    The data is visited in epochs. Each epoch cuts it into stretches, shuffles them, and uses each
+    once, B = batch_size at a time. (The last few, if they do not fill a batch, are left out.) The
+    first stretch begins at a random offset, so that every epoch cuts the data in other places. All
+    of this depends only on the seed and the step, so that a run can be repeated or resumed."""
+    B = config.batch_size
+    T = config.block_size
+    n_stretches = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
+    steps_per_epoch = max(1, n_stretches // B)
+    epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
+    rng = np.random.default_rng((config.seed, epoch))
+    offset = rng.integers(len(data) - n_stretches * T)
+    order = rng.permutation(n_stretches)
+    starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
+    rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
+    return rows[:, :-1], rows[:, 1:]
 
 # ---- Model --------------------------------------------------------------------------------------
 
 def cross_entropy(logits, targets):
-    """The loss: -ln of the probability that the model gives to the token that really comes next,
-    averaged over all places. Being sure and right costs 0; a uniform guess costs -ln(1/65) = 4.17.
+    """The loss: minus the logarithm of the probability that the model gave to the token that really
+    came next, averaged over all positions. A model that is certain and right has a loss of 0; one
+    that guesses uniformly among 65 characters has -ln(1/65) = 4.17.
 
-    The logits (B, T, V) are scores, one for each of the V tokens of the vocabulary. Softmax turns
-    them into probabilities: exp(score), divided by the sum of all exp(score). targets: (B, T)."""
-    log_probs = logits.log_softmax(-1)  # (B, T, V): ln of softmax, along the last dimension
-    return -log_probs.gather(-1, targets[..., None]).mean()  # of V entries, that of the target
+    The logits (B, T, V) are scores, one for each of the V tokens in the vocabulary. Softmax turns
+    them into probabilities: exp(score), divided by the sum of all exp(scores). targets: (B, T)."""
+    log_probs = logits.log_softmax(dim=-1)  # (B, T, V): the logarithms of these probabilities
+    # gather() picks one entry from each row of V: the one whose number is in targets.
+    log_probs_of_targets = log_probs.gather(-1, targets.unsqueeze(-1))  # (B, T, 1)
+    return -log_probs_of_targets.mean()
 
 
 class BigramLanguageModel(nn.Module):
-    """Row i of the table holds the scores of every character that may follow character i. The table
-    is an nn.Embedding: rows of parameters, looked up by number."""
-    block_size = 1  # context: how many tokens the model sees, however long its training sequences
+    """Row i of the table holds the scores of all characters that may follow character i. The table
+    is an nn.Embedding: a matrix of parameters whose rows are looked up by number."""
+    context_size = 1  # how many tokens the model looks at to predict the next one
 
     def __init__(self, config):
         super().__init__()
@@ -115,33 +130,41 @@ class BigramLanguageModel(nn.Module):
 
 
 def count_bigrams(data, vocab_size, add=0):
-    """The best table for data, found without training: count how often each character follows each
-    other character, and make the scores ln(count). Softmax turns these back into frequencies.
+    """The best table for data, without any training: count how often each character follows each
+    other one, and use the logarithms of the counts as scores. Softmax makes frequencies of them:
+    it takes exp(ln(count)), which is the count, and divides it by the sum of all counts in its row.
 
-    No table does better: averaged over the places of character i, the gradient with respect to row
-    i is softmax(row i) minus the frequencies of what follows, zero when the two agree. The loss
-    that remains, the conditional entropy, is what one character leaves open about the next, which
-    depends on more. add=1 keeps a pair that is not in data from getting probability 0."""
-    pairs = data[:-1] * vocab_size + data[1:]  # a number for each pair of neighbours
-    counts = torch.bincount(pairs, minlength=vocab_size**2).view(vocab_size, vocab_size)
+    No table has a lower loss on this data. The gradient of the loss with respect to row i is
+    proportional to softmax(row i) minus the frequencies with which characters follow i. It is zero
+    when the two are equal, and since the loss is convex, that is its minimum. The loss that is left
+    is called the conditional entropy: what remains uncertain about the next character when only the
+    current one is known. To get below it, a model must look further back.
+
+    add=1 adds one to every count. Without it, a pair that never occurs in data would have
+    probability 0, and a single such pair in the validation text would make the loss infinite."""
+    # The pair (a, b) gets the number a * vocab_size + b, which is the position of row a, column b
+    # when the rows of the table are laid end to end.
+    pairs = data[:-1] * vocab_size + data[1:]
+    counts = torch.bincount(pairs, minlength=vocab_size**2)  # how often each number occurs
     model = BigramLanguageModel(BigramConfig(vocab_size))
-    model.table.weight.data = (counts + add).log()
+    model.table.weight.data = (counts + add).log().view(vocab_size, vocab_size)
     return model
 
 # ---- Generation ---------------------------------------------------------------------------------
 
 def sample(logits):
-    """Draw a token from the distribution: (B, vocab_size) to (B, 1)."""
-    return torch.multinomial(logits.softmax(-1), num_samples=1)
+    """Draw a token from the predicted distribution: (B, vocab_size) to (B, 1)."""
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
 
 
-@torch.no_grad()  # gradients are for training only
+@torch.no_grad()  # gradients are needed for training only
 def generate(model, idx, max_new_tokens, choose=sample):
-    """Continue idx (B, T): predict, choose a token, append it, repeat. Yields each new (B, 1)."""
+    """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
+    each new column (B, 1) as soon as it is chosen."""
     model.eval()
     for _ in range(max_new_tokens):
-        logits, _ = model(idx[:, -model.block_size :])
-        new = choose(logits[:, -1])  # the scores at the last place are for the token to come
+        logits, _ = model(idx[:, -model.context_size :])
+        new = choose(logits[:, -1])  # the last position's scores are for the token to come
         idx = torch.cat((idx, new), dim=1)
         yield new
 
@@ -149,75 +172,89 @@ def generate(model, idx, max_new_tokens, choose=sample):
 
 @torch.no_grad()
 def evaluate(model, data, config):
-    """Mean loss over all of data, in windows of block_size tokens, end to end."""
-    model.eval()
-    windows = data.unfold(0, config.block_size + 1, config.block_size)  # (n, T + 1)
-    rest = data[None, len(windows) * config.block_size :]  # a shorter window at the end
-    batches = [*windows.split(config.batch_size), rest]
-    pairs = [(w[:, :-1], w[:, 1:]) for w in batches if w.shape[1] > 1]
-    return sum(model(x, y)[1].item() * y.numel() for x, y in pairs) / (len(data) - 1)
+    """Mean loss over all of data, cut into consecutive stretches of block_size tokens. (A remainder
+    that is too short for a stretch is left out.)"""
+    model.eval()  # as opposed to model.train(): it matters for models with dropout, in char_gpt.py
+    T = config.block_size
+    n = (len(data) - 1) // T
+    xs = data[: n * T].view(n, T).split(config.batch_size)
+    ys = data[1 : n * T + 1].view(n, T).split(config.batch_size)
+    total = 0.0
+    for x, y in zip(xs, ys):
+        _, loss = model(x, y)
+        total += loss.item() * len(x)  # the last batch may be smaller, and counts for less
+    return total / n
 
 
 def train(model, train_data, val_data, tokenizer, config, checkpoint):
-    """Gradient descent. The gradient says how the loss changes with each parameter p: move them all
-    a little against it, p -= lr * p.grad, and the loss falls. Repeat with the next batch. Each
-    evaluation adds (step, training loss, validation loss) to the checkpoint's history."""
-    # Adam (Kingma & Ba 2015) moves p by the running mean of its gradients, less noisy than the last
-    # one, divided by their root mean square. So the rows of rare characters, whose gradients are
-    # small, learn as fast as the others.
-    optimizer = torch.optim.Adam(model.parameters())
-    losses = []
+    """Gradient descent. The gradient says how the loss changes if a parameter is changed a little.
+    Move every parameter a small step against its gradient, and the loss falls. Then do the same
+    with the next batch. The losses at each evaluation are added to the checkpoint's history."""
+    losses = []  # of the steps since the last evaluation: their mean is the training loss
     for step in range(config.max_iters):
-        for group in optimizer.param_groups:  # long steps to get near a minimum, short to settle
-            group["lr"] = config.learning_rate * (1 - step / config.max_iters)
         x, y = get_batch(train_data, config, step)
         _, loss = model(x, y)
-        optimizer.zero_grad()
-        loss.backward()  # the backward pass: the gradient, by the chain rule from loss to table
-        optimizer.step()
+        model.zero_grad()  # or backward() would add to the gradients of the step before
+        loss.backward()  # finds the gradient of every parameter p, by the chain rule: p.grad
+        # Large steps to get near the minimum, then ever smaller ones to settle in it. (A rate of
+        # 200 is unusually high. The loss is a mean over 8,192 characters, of which any one row of
+        # the table concerns only a few, so the gradients are tiny. For the rarest characters even
+        # this rate is too low. char_gpt.py has a remedy: Adam, which gives each parameter its own.)
+        learning_rate = config.learning_rate * (1 - step / config.max_iters)
+        with torch.no_grad():  # the update itself is not to be differentiated
+            for p in model.parameters():
+                p -= learning_rate * p.grad
         losses.append(loss.item())
         if (step + 1) % config.eval_interval == 0 or step + 1 == config.max_iters:
             val_loss = evaluate(model, val_data, config)
             checkpoint["history"].append((step + 1, sum(losses) / len(losses), val_loss))
             losses = []
-            report(checkpoint, model, tokenizer, val_data, config)
+            report(checkpoint, model, tokenizer, config)
 
 
-def report(checkpoint, model, tokenizer, val_data, config):
-    """Print the latest losses, and what the model writes by now."""
+def report(checkpoint, model, tokenizer, config):
+    """Print the latest losses, and a sample of what the model writes so far."""
     step, train_loss, val_loss = checkpoint["history"][-1]
-    # In bits (a bit is ln 2) per byte of text, losses compare between vocabularies.
+    # The loss is a natural logarithm, in nats; divided by ln 2 it is in bits. Per byte of text
+    # instead of per token, it can be compared between models whose tokens differ in length.
     bits = val_loss / math.log(2) / checkpoint["bytes_per_token"]
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
-    torch.manual_seed(config.seed)
-    ids = [new.item() for new in generate(model, val_data.new_zeros(1, 1), 100)]  # from token 0 on
+    torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
+    # There must be something to continue: token 0, which in Shakespeare is the line break.
+    first = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    ids = [new.item() for new in generate(model, first, 100)]
     print("    | " + tokenizer.decode(ids).strip().replace("\n", "\n    | "))
 
 # ---- Files and flags ----------------------------------------------------------------------------
+
+# Nothing below is about language models. Skip it when you read this for the first time.
 
 DATA = Path(__file__).resolve().parent / "data"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def write_whole(path, write):
-    """Let write(file) fill a file of another name, then rename it: path is never half written."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name unique to this process
+@contextmanager
+def replacing(path):
+    """Opens a temporary file, which takes the place of path when it is complete. Whatever happens
+    in between, path is either the old file or the new one, never a part of it."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # with the process's number: no other has it
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            yield file
             file.flush()
-            os.fsync(file.fileno())  # on the disk, not only on its way there
+            os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # what torch.save makes of an OSError
+    except RuntimeError as error:  # this is what torch.save() turns a failed write into
         raise OSError(f"cannot write {path}: is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_text(path):
-    """The text at path, or Tiny Shakespeare, downloaded once, or else a play that comes with it."""
+    """The text file at path; by default Tiny Shakespeare, which is downloaded once, or, without a
+    network, the play that comes with these scripts."""
     if path:
         return Path(path).read_text(encoding="utf-8")
     path = DATA / "tinyshakespeare.txt"
@@ -226,50 +263,49 @@ def load_text(path):
             content = urllib.request.urlopen(URL, timeout=10).read()
             if hashlib.sha256(content).hexdigest() != SHA256:
                 raise OSError("the download is damaged")
-            write_whole(path, lambda file: file.write(content))
+            with replacing(path) as file:
+                file.write(content)
     except (OSError, http.client.HTTPException) as error:
-        print(f"no Tiny Shakespeare ({error}): using data/the-glass-harbour.txt")
+        print(f"cannot download Tiny Shakespeare ({error}): using data/the-glass-harbour.txt")
         path = DATA / "the-glass-harbour.txt"
     return path.read_text(encoding="utf-8")
 
 
-def check_out(path):
-    """Find out before training, not after it, whether a checkpoint can be saved at path."""
-    if Path(path).suffix != ".pt" or Path(path).is_dir():
-        raise ValueError(f"--out {path} must be a file whose name ends in .pt")
-    write_whole(f"{path}.test", lambda file: None)
-    Path(f"{path}.test").unlink(missing_ok=True)  # another process may have been quicker
-
-
 def parse_flags(Config):
-    """Every field of Config as a flag, as in --max_iters 100. Returns those given, as a dict."""
+    """Makes every field of Config a flag, as in --max_iters 100. Returns those given, as a dict."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--setting value ...]", argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"{__doc__}\n{inspect.getsource(Config)}")
-    for f in fields(Config):
-        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument(f"--{f.name}", help=argparse.SUPPRESS, **how)
-    return vars(parser.parse_args())
+        description=f"{__doc__}\n{inspect.getsource(Config)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Config):
+        switch = {"action": argparse.BooleanOptionalAction}  # such as --full and --no-full
+        kind = switch if field.type is bool else {"type": field.type}
+        parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
+    flags = vars(parser.parse_args())
+    if "out" in flags and not flags["out"].endswith(".pt"):
+        raise ValueError(f"--out {flags['out']}: the name of a checkpoint must end in .pt")
+    return flags
 
 
 def main():
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # any character, line by line
+    # Print any character on any terminal, and each line at once, even into a file.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     config = BigramConfig(**parse_flags(BigramConfig))
-    check_out(config.out)
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
     text = load_text(config.data)
     tokenizer = CharTokenizer(text)
     config.vocab_size = V = len(tokenizer.chars)
     train_data, val_data = split_data(torch.tensor(tokenizer.encode(text)), config)
     model = BigramLanguageModel(config)
-    print(f"{len(text):,} characters, {V} distinct: {V**2:,} parameters")
-    val_loss = evaluate(model, val_data, config)
-    print(f"before training: val loss {val_loss:.4f}; uniform: ln({V}) = {math.log(V):.4f}")
+    print(f"{len(text):,} characters, {V} of them distinct: a table of {V**2:,} parameters")
+    loss = evaluate(model, val_data, config)
+    print(f"before training: val loss {loss:.4f}; a uniform guess: ln({V}) = {math.log(V):.4f}")
     checkpoint = dict(script="bigram", config=vars(config), vocab=tokenizer.chars, history=[],
                       bytes_per_token=len(text[len(train_data) :].encode()) / len(val_data))
     train(model, train_data, val_data, tokenizer, config, checkpoint)
     checkpoint["model"] = model.state_dict()
-    write_whole(config.out, lambda file: torch.save(checkpoint, file))
+    with replacing(config.out) as file:
+        torch.save(checkpoint, file)
     for name, data, add in ("train", train_data, 0), ("val", val_data, 1):
         learned = evaluate(model, data, config)
         counted = evaluate(count_bigrams(train_data, V, add), data, config)

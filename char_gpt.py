@@ -1,14 +1,16 @@
 """Character-level GPT: the transformer of GPT-2, small enough to train on Shakespeare at home.
 
-bigram.py predicts the next character from the last one alone. Here each prediction can draw on up
-to 256 characters, and the model learns which of them matter. Only model and training are new.
+bigram.py predicts the next character from the current one alone. Here each prediction can use up to
+256 characters before it, and the model learns which of them matter. The data, the generation and
+the evaluation are the same as there; the model and its training are new.
 
     python char_gpt.py                # a GPU trains the full model, a CPU a small one in 3 minutes
     python char_gpt.py --full         # the full 6-layer, 384-wide model on a CPU too: 35 minutes
     python char_gpt.py --minutes 10   # as many steps as fit into ten minutes
-    python char_gpt.py --resume       # go on with a run that was stopped
+    python char_gpt.py --resume       # continue a run that was stopped
 
-On Tiny Shakespeare the validation loss falls from 4.2 to 1.50 (small) or 1.44 (full).
+On Tiny Shakespeare the validation loss falls from 4.2 to 1.50 (small) or 1.44 (full). bpe_gpt.py,
+which comes next, is the same model at the size of GPT-2, on parts of words instead of characters.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -22,10 +24,10 @@ import http.client
 import inspect
 import math
 import os
-import signal
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -40,44 +42,46 @@ import torch.nn.functional as F
 class GPTConfig:
     vocab_size: int = 65  # number of distinct characters; taken from the text
     n_layer: int = 6  # transformer blocks
-    n_head: int = 6  # attention heads in a block; must divide n_embd
-    n_embd: int = 384  # width: numbers that represent a token on its way through the blocks
-    block_size: int = 256  # context: how many characters the model can see
-    dropout: float = 0.1  # fraction of activations zeroed in training, against overfitting
-    fused: bool = True  # use PyTorch's kernels for the formulas written out below
-    batch_size: int = 16  # sequences in a step
+    n_head: int = 6  # attention heads per block; must divide n_embd
+    n_embd: int = 384  # width: how many numbers represent a token inside the model
+    block_size: int = 256  # context: how many characters the model can look at
+    dropout: float = 0.1  # fraction of activations set to zero in training, against overfitting
+    by_hand: bool = False  # compute with the formulas below, not with PyTorch's faster built-ins
+    batch_size: int = 16  # sequences per step
     max_iters: int = 1400  # steps of gradient descent
-    minutes: float = 0.0  # if given, train for this long instead (in all, if resumed)
+    minutes: float = 0.0  # if given, train for this long instead
     eval_interval: int = 200  # steps between evaluations
-    learning_rate: float = 0.006  # of AdamW, for embeddings, gains and biases
-    muon_learning_rate: float = 0.025  # of Muon, for the matrices of the blocks
+    learning_rate: float = 0.006  # of Adam, for embeddings, gains and biases
+    muon_learning_rate: float = 0.025  # of Muon, for the matrices in the blocks
     warmup_iters: int = 10  # steps over which the learning rates rise from zero
-    weight_decay: float = 0.2  # pull of the matrices towards zero, against overfitting
-    grad_clip: float = 1.0  # gradient clipping: shorten gradients of a larger norm than this
-    seed: int = 1337  # the same seed gives the same run
-    full: bool = False  # train the full model on a CPU too
+    weight_decay: float = 0.2  # pulls the matrices towards zero, against overfitting
+    grad_clip: float = 1.0  # gradients with a larger norm than this are scaled down to it
+    seed: int = 1337  # of the random numbers: the same seed gives the same run
+    full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # of matrix products: float32 or bfloat16
-    compile: bool = True  # torch.compile, on a CUDA GPU
-    resume: bool = False  # go on from the checkpoint, if there is one
+    compile: bool = True  # use torch.compile on a CUDA GPU
+    resume: bool = False  # continue from the checkpoint, if there is one
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/char_gpt.pt"  # checkpoint, for sample.py and --resume
 
-# What a CPU trains unless told otherwise: the same model, smaller. Small models overfit less.
+# What a CPU trains unless told otherwise: a smaller model, for which 1,800 steps take 3 minutes. It
+# is too small to overfit in that time, so that dropout would only slow it down.
 CPU_SETTINGS = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, weight_decay=0.1,
                     max_iters=1800, eval_interval=300)
 
 # ---- Data ---------------------------------------------------------------------------------------
 
 class CharTokenizer:
-    """Characters to integers and back. The vocabulary is the sorted list of distinct characters; a
-    token is a character's place in it."""
+    """Turns characters into integers and back. The vocabulary is the sorted list of the distinct
+    characters; a token is a position in that list."""
     def __init__(self, chars):
         self.chars = sorted(set(chars))
-        self.stoi = {char: i for i, char in enumerate(self.chars)}
+        self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
 
     def encode(self, text):
-        if unknown := set(text) - self.stoi.keys():
+        unknown = set(text) - set(self.chars)
+        if unknown:
             raise ValueError(f"characters that are not in the vocabulary: {sorted(unknown)}")
         return [self.stoi[char] for char in text]
 
@@ -86,8 +90,8 @@ class CharTokenizer:
 
 
 def split_data(data, config):
-    """Train on the first 90%, validate on the rest. A model can lower its training loss by learning
-    the text by heart (overfitting). Only other text shows what it has really learned."""
+    """Train on the first 90%, validate on the rest. A model can lower its training loss simply by
+    memorizing the text (overfitting). Only text it has never seen shows what it has learned."""
     n = int(0.9 * len(data))
     if len(data) - n <= config.block_size:
         raise ValueError(f"{len(data)} characters are too few for --block_size {config.block_size}")
@@ -95,82 +99,132 @@ def split_data(data, config):
 
 
 def get_batch(data, config, step):
-    """Inputs x and targets y for one step, both of shape (B, T): B = batch_size stretches of
-    T = block_size tokens, and the same stretches one token later. y[b, t] is the token that follows
-    x[b, t], so each row is T exercises. Depends on (seed, step) alone: a run can be repeated."""
-    windows = data.unfold(0, config.block_size + 1, 1)  # views of all stretches of T + 1 tokens
-    # Random places would visit some parts of the text more often than others. Going round it by the
-    # golden ratio again and again visits all equally: each place is in one of the widest gaps left.
-    numbers = step * config.batch_size + np.arange(config.batch_size)
-    rounds = np.random.default_rng(config.seed).random() + numbers * 0.6180339887498949
-    tokens = windows[(rounds % 1 * len(windows)).astype(int)]  # (B, T + 1)
-    return tokens[:, :-1], tokens[:, 1:]
+    """The batch for one training step: inputs x and targets y, both (B, T). A row of x is a stretch
+    of T = block_size tokens, and the row of y is the same stretch one token later: y[b, t] is the
+    token that follows x[b, t]. So every row holds T exercises in predicting the next token.
+
+    The data is visited in epochs. Each epoch cuts it into stretches, shuffles them, and uses each
+    once, B = batch_size at a time. (The last few, if they do not fill a batch, are left out.) The
+    first stretch begins at a random offset, so that every epoch cuts the data in other places. All
+    of this depends only on the seed and the step, so that a run can be repeated or resumed."""
+    B = config.batch_size
+    T = config.block_size
+    n_stretches = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
+    steps_per_epoch = max(1, n_stretches // B)
+    epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
+    rng = np.random.default_rng((config.seed, epoch))
+    offset = rng.integers(len(data) - n_stretches * T)
+    order = rng.permutation(n_stretches)
+    starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
+    rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
+    return rows[:, :-1], rows[:, 1:]
 
 # ---- Model --------------------------------------------------------------------------------------
-# C is n_embd. Each token is a vector of C numbers: x is (B, T, C) all the way through the model.
-class LayerNorm(nn.LayerNorm):
-    """Normalises each token's vector to mean 0 and variance 1, then applies a learned gain and
-    bias, so that every layer gets inputs of one scale. Ba, Kiros & Hinton 2016."""
+
+# In the shapes below, B is the batch size, T the number of tokens in a sequence, and C = n_embd.
+# Inside the model every token is a vector of C numbers: x is (B, T, C) from beginning to end.
+
+class LayerNorm(nn.Module):
+    """Shifts and scales the vector of each token to mean 0 and variance 1, however large it was.
+    Then each of the C numbers is multiplied by a learned gain (weight) and a learned bias is added:
+    the model itself chooses the scale that the next layer gets. Ba, Kiros & Hinton 2016."""
     def __init__(self, config):
-        super().__init__(config.n_embd)  # the gain, weight, starts at 1 and the bias at 0
-        self.fused = config.fused
+        super().__init__()
+        self.by_hand = config.by_hand
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd))
 
     def forward(self, x):
-        if self.fused:
-            return super().forward(x)
-        variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)  # (B, T, 1)
-        return (x - mean) / torch.sqrt(variance + 1e-5) * self.weight + self.bias
+        if not self.by_hand:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
+        mean = x.mean(dim=-1, keepdim=True)  # (B, T, 1)
+        variance = ((x - mean) ** 2).mean(dim=-1, keepdim=True)  # (B, T, 1)
+        std = torch.sqrt(variance + 1e-5)  # 1e-5 prevents a division by zero
+        return (x - mean) / std * self.weight + self.bias
 
 
 class GELU(nn.Module):
-    """The activation function: a smooth max(0, x). Without a nonlinearity between them, two linear
-    maps would equal a single one. Hendrycks & Gimpel 2016, in their approximation with tanh."""
+    """The activation function: a smooth version of max(0, x). Without such a nonlinearity between
+    them, two linear layers could do no more than one. It is x * P(Z <= x) for a standard normal Z;
+    the constants make tanh a close approximation of that probability. Hendrycks & Gimpel 2016."""
+    def __init__(self, config):
+        super().__init__()
+        self.by_hand = config.by_hand
+
     def forward(self, x):
+        if not self.by_hand:
+            return F.gelu(x, approximate="tanh")
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def attention(q, k, v):  # all of them, and the result, are (B, n_head, T, head_size)
-    """Each token collects information from itself and those before it. It has a query (what it is
-    looking for), a key (what it can be found by) and a value (what it passes on). Dot products
-    compare its query with their keys; softmax turns these scores into attention weights, which sum
-    to 1; the result is the weighted mean of their values. Vaswani et al. 2017, section 3.2.1."""
+def attention(q, k, v):
+    """Lets every token gather information from itself and from the tokens before it.
+
+    Learned matrices compute three vectors from each token: a query (what it is looking for), a key
+    (what it offers) and a value (what it passes on to those that choose it). The dot product of one
+    token's query and another's key, divided by sqrt(head_size), is a score. Scores for later tokens
+    are masked out. Softmax turns the others into attention weights, which sum to 1, and the result
+    is the weighted mean of the values. For example, with T = 3 tokens (a row for each query, a
+    column for each key) and the values 10, 20 and 30:
+
+          scores              masked              weights           result
+         0.6  1.0 -0.3       0.6 -inf -inf      1.00 0.00 0.00       10.0
+         1.2  0.2  0.9       1.2  0.2 -inf      0.73 0.27 0.00       12.7
+        -0.4  0.8  0.3      -0.4  0.8  0.3      0.16 0.52 0.32       21.6
+
+    q, k, v and the result are (B, n_head, T, head_size): there are n_head such tables for each
+    sequence, as CausalSelfAttention explains. Vaswani et al. 2017, section 3.2.1."""
     T, head_size = q.shape[-2:]
-    # The variance of a dot product grows with head_size; dividing by sqrt(head_size) undoes that.
-    # Large scores would saturate the softmax, and its gradient would vanish.
+    # A dot product is a sum of head_size terms: its variance is head_size times that of one term,
+    # its standard deviation sqrt(head_size) times. Dividing by that keeps the scores small. Large
+    # scores would push the softmax towards 0 and 1, where its gradient vanishes.
     scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T)
-    # Causal mask: a token must not see what it has to predict. A score of -inf gives weight 0.
+    # The causal mask: no token may see the ones after it, or it would see what it has to predict.
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # column <= row
-    return scores.masked_fill(~visible, -math.inf).softmax(-1) @ v
+    scores = scores.masked_fill(~visible, -math.inf)  # exp(-inf) = 0: no weight
+    return scores.softmax(dim=-1) @ v
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention in n_head heads side by side, each with its own queries, keys and values: one can
-    look for the speaker's name and another for where the word began."""
+    """Attention in n_head heads at once. Each has queries, keys and values of its own, of
+    head_size = C / n_head numbers, so that one head can look for, say, the name of the speaker, and
+    another for the start of the word. (GPT-2 also used dropout on the attention weights. It makes
+    attention take more than twice as long, and is left out here.)"""
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.fused = config.n_head, config.fused
-        # nn.Linear multiplies by a learned matrix and adds a learned bias.
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value of all heads
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads found
+        self.n_head = config.n_head
+        self.by_hand = config.by_hand
+        # nn.Linear multiplies by a learned matrix and adds a learned bias. The names are OpenAI's,
+        # whose code computes these layers as convolutions of width 1: hence the c.
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # combines what the heads found
 
     def forward(self, x):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
-        if self.fused and x.device.type != "cpu":  # on a CPU the formula is faster
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
+        head_size = C // self.n_head
+        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        # view() cuts each vector of C numbers into one piece per head: (B, T, n_head, head_size).
+        # transpose() then swaps T and n_head: matrix products work on the last two dimensions.
+        q = q.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
+        k = k.view(B, T, self.n_head, head_size).transpose(1, 2)
+        v = v.view(B, T, self.n_head, head_size).transpose(1, 2)
+        # PyTorch's built-in attention is faster, except in bfloat16 on a CPU.
+        if self.by_hand or (q.dtype == torch.bfloat16 and q.device.type == "cpu"):
             y = attention(q, k, v)
-        y = y.transpose(1, 2).reshape(B, T, C)  # concatenates the heads
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, C)  # puts the heads' results side by side again
         return self.c_proj(y)
 
 
 class MLP(nn.Module):
-    """Works on each token by itself: what attention collected is processed here."""
+    """Multi-layer perceptron. It works on each token by itself: what attention has gathered is
+    processed here. A wide layer in between makes room for many features of the token; four times
+    as wide was the first transformer's choice, and most others have kept to it."""
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.gelu = nn.GELU(approximate="tanh") if config.fused else GELU()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)  # fc for fully connected
+        self.gelu = GELU(config)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
@@ -178,10 +232,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP. Each adds its result to x, the residual stream that runs through all
-    blocks. A sum passes gradients back unchanged, however many blocks there are (He et al. 2015).
-    Layer norm stands before each part, and not, as in the first transformers, after the sum, where
-    it would rescale the stream itself and every gradient on its way back."""
+    """Attention, then the MLP. Each adds its result to x instead of replacing it. So x is a stream
+    that runs through all blocks, the residual stream, from which they read and to which they write.
+
+    This is what makes deep models trainable (He et al. 2015). The derivative of x + f(x) is
+    1 + f'(x), and through the 1 the gradient reaches every block undiminished. Layer norm applies
+    only to what a part reads. On the stream itself it would rescale the gradient in every block."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config)
@@ -197,59 +253,82 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019), with its parameter names."""
+    """GPT-2 (Radford et al. 2019). The parameters have OpenAI's names."""
     def __init__(self, config):
         super().__init__()
-        self.block_size = config.block_size
+        self.context_size = config.block_size
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": LayerNorm(config),
+            "ln_f": LayerNorm(config),  # f for final: every block has added to the stream
         })
+        # From vectors to scores. A bias would only say how frequent each token is; GPT-2 has none.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Weight tying (Press & Wolf 2017): one table serves at both ends. At the input a row says
-        # what its token is like; at the output its dot product with x says how well it fits.
+        # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
+        # the vector of token i. At the output, the score of token i is the dot product of row i and
+        # x: large if x has come to resemble token i. Tokens that are alike are alike at both ends.
         self.lm_head.weight = self.transformer.wte.weight
-        # Small weights give small scores: the first loss, as in bigram.py, is near ln(vocab_size).
+        self.initialize(config)
+
+    def initialize(self, config):
+        """Small random weights, as in GPT-2. Random, because equal weights would get equal
+        gradients and stay equal. Small (0.02 is GPT-2's choice), because small scores are almost a
+        uniform guess: as in bigram.py, the first loss is close to ln(vocab_size)."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-            if name.endswith("c_proj.weight"):  # 2 * n_layer of these add to the residual stream
-                p.data /= math.sqrt(2 * config.n_layer)  # so that the sum has the variance of one
+            # 2 * n_layer results are added to the residual stream, and the variance of a sum grows
+            # with the number of its terms. Scaled down, it starts out the same at any depth.
+            if name.endswith("c_proj.weight"):
+                p.data /= math.sqrt(2 * config.n_layer)
 
     def forward(self, idx, targets=None):
         """Tokens idx (B, T) to logits (B, T, vocab_size); with targets (B, T), also the loss."""
         B, T = idx.shape
-        if T > self.block_size:
-            raise ValueError(f"{T} tokens do not fit into the context of {self.block_size}")
-        # Attention is a weighted mean, and a mean is blind to order: wpe says where a token stands.
-        positions = self.transformer.wpe(torch.arange(T, device=idx.device))  # (T, C)
-        x = self.transformer.drop(self.transformer.wte(idx) + positions)  # (B, T, C)
+        if T > self.context_size:
+            raise ValueError(f"{T} tokens do not fit into the context of {self.context_size}")
+        # Attention takes a mean, and a mean does not depend on order. So each token's vector must
+        # say where it stands: one embedding is for the token, another for its position.
+        positions = torch.arange(T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x)
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # as in bigram.py
+        # The loss of bigram.py. PyTorch's function takes (N, vocab_size) and (N,): N = B * T here.
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+# What it costs. A block has 12 C^2 parameters: 3 C^2 for queries, keys and values, C^2 for c_proj
+# and 8 C^2 in the MLP. At C = 384, six blocks have 10.62 of the 10.77 million; most of the rest are
+# embeddings. A token passes through every matrix once, with one multiplication and one addition per
+# parameter: about 2 operations per parameter and token. Training takes 6, since the backward pass
+# has two gradients to find for each matrix product, of its input and of its weights. Attention also
+# compares all pairs of tokens, in another 4 T C operations per token and block: a tenth of the rest
+# at T = 256. Memory holds each parameter, its gradient, the optimizer's one or two means (4 bytes
+# each), and the activations, which the forward pass computes and the backward pass needs again.
+# All of this changes with n_layer and n_embd, only the activations with batch_size.
 
 # ---- Generation ---------------------------------------------------------------------------------
 
 def sample(logits):
-    """Draw a token from the distribution: (B, vocab_size) to (B, 1)."""
-    return torch.multinomial(logits.softmax(-1), num_samples=1)
+    """Draw a token from the predicted distribution: (B, vocab_size) to (B, 1)."""
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
 
 
-@torch.no_grad()  # gradients are for training only
+@torch.no_grad()  # gradients are needed for training only
 def generate(model, idx, max_new_tokens, choose=sample):
-    """Continue idx (B, T): predict, choose a token, append it, repeat. Yields each new (B, 1)."""
+    """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
+    each new column (B, 1) as soon as it is chosen."""
     model.eval()
     for _ in range(max_new_tokens):
-        logits, _ = model(idx[:, -model.block_size :])
-        new = choose(logits[:, -1])  # the scores at the last place are for the token to come
+        logits, _ = model(idx[:, -model.context_size :])
+        new = choose(logits[:, -1])  # the last position's scores are for the token to come
         idx = torch.cat((idx, new), dim=1)
         yield new
 
@@ -257,147 +336,187 @@ def generate(model, idx, max_new_tokens, choose=sample):
 
 @torch.no_grad()
 def evaluate(model, data, config):
-    """Mean loss over all of data, in windows of block_size tokens, end to end."""
-    model.eval()
-    windows = data.unfold(0, config.block_size + 1, config.block_size)  # (n, T + 1)
-    rest = data[None, len(windows) * config.block_size :]  # a shorter window at the end
-    batches = [*windows.split(config.batch_size), rest]
-    pairs = [(w[:, :-1], w[:, 1:]) for w in batches if w.shape[1] > 1]
-    return sum(model(x, y)[1].item() * y.numel() for x, y in pairs) / (len(data) - 1)
+    """Mean loss over all of data, cut into consecutive stretches of block_size tokens. (A remainder
+    that is too short for a stretch is left out.)"""
+    model.eval()  # as opposed to model.train(): it matters for models with dropout, in char_gpt.py
+    T = config.block_size
+    n = (len(data) - 1) // T
+    xs = data[: n * T].view(n, T).split(config.batch_size)
+    ys = data[1 : n * T + 1].view(n, T).split(config.batch_size)
+    total = 0.0
+    for x, y in zip(xs, ys):
+        _, loss = model(x, y)
+        total += loss.item() * len(x)  # the last batch may be smaller, and counts for less
+    return total / n
 
 
 def make_optimizers(model, config):
-    """Muon (Jordan et al. 2024) for the blocks' matrices: it replaces the mean gradient by the
-    nearest orthogonal matrix, so that weak directions move as far as the few dominant ones. AdamW
-    (Adam with weight decay, here 0) for gains, biases, and embeddings, whose rows are tokens."""
-    matrices, others = [], []
+    """Plain gradient descent, as in bigram.py, has one learning rate for all parameters, but some
+    have gradients a thousand times as large as others. There are two remedies here.
+
+    Adam (Kingma & Ba 2015) keeps two running means for each parameter, of its gradient (m) and of
+    the square of its gradient (v), and moves it by learning_rate * m / sqrt(v). So all parameters
+    move at about the same speed, whatever the size of their gradients.
+
+    Muon (Jordan et al. 2024) looks at a whole matrix. Every matrix is a sum of simple ones, each of
+    which reads one direction of its input and writes one direction of its output, with a certain
+    strength, its singular value. In a gradient, a few strong ones drown out all others. Muon takes
+    the running mean of the gradients, keeps these directions, and sets every singular value to 1
+    (approximately, by a few matrix products), so that the model also learns what is rare.
+
+    It is for the matrices in the blocks, which turn vectors into vectors. In an embedding it would
+    also move the rows of tokens that did not occur, and gains and biases have no singular values:
+    these are left to Adam. Only the matrices get weight decay, which shrinks them a little at each
+    step, so that only what the gradients keep asking for becomes large."""
+    matrices = []
+    others = []
     for name, p in model.named_parameters():
-        (matrices if ".h." in name and p.dim() == 2 else others).append(p)
-    muon = torch.optim.Muon(matrices, config.muon_learning_rate, config.weight_decay)
-    adamw = torch.optim.AdamW(others, config.learning_rate, weight_decay=0)
-    return muon, adamw
+        if name.startswith("transformer.h.") and p.dim() == 2:
+            matrices.append(p)
+        else:
+            others.append(p)
+    muon = torch.optim.Muon(
+        matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+    adam = torch.optim.Adam(others, lr=config.learning_rate)
+    return muon, adam
 
 
-def training_step(model, optimizers, x, y, step, fraction, config, autocast):
-    """One step of gradient descent; returns the loss. fraction says how much of the run is over."""
-    # Learning-rate schedule: warm up, while gradients are large and the optimizers' averages new;
-    # then fall to zero as half a cosine: long steps get near a minimum, short ones settle in it.
-    multiplier = min((step + 1) / (config.warmup_iters + 1), math.cos(math.pi / 2 * fraction) ** 2)
+def training_step(model, optimizers, x, y, step, progress, config, autocast):
+    """One step of gradient descent; returns the loss. progress: the fraction of the run so far."""
+    # The learning rates rise while the optimizers' means are not yet reliable, and then fall to
+    # zero along half a cosine wave: large steps to get near a minimum, small ones to settle in it.
+    warmup = (step + 1) / (config.warmup_iters + 1)
+    decay = (1 + math.cos(math.pi * progress)) / 2
     for optimizer in optimizers:
-        optimizer.zero_grad()
         for group in optimizer.param_groups:
-            group["lr"] = multiplier * optimizer.defaults["lr"]
-    # Dropout zeroes random activations, so that the model cannot rely on any single one: train()
-    # turns it on, eval() off. What it drops depends, like the batch, on (seed, step) alone.
+            group["lr"] = optimizer.defaults["lr"] * min(warmup, decay)  # defaults: as made above
+    # Dropout sets random activations to zero, so that the model cannot rely on any single one.
+    # model.train() turns it on, model.eval() off. What it drops depends on the seed and the step.
     torch.manual_seed(config.seed * 1_000_003 + step)
     model.train()
-    with autocast:
+    with autocast:  # matrix products in bfloat16, where that is faster: see pick_dtype()
         _, loss = model(x, y)
+    model.zero_grad()
     loss.backward()
-    if not nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).isfinite():
-        raise ValueError(f"infinite or NaN gradient in step {step + 1}: try lower learning rates")
+    # Gradient clipping: one unusual batch must not distort the optimizers' running means.
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    if not norm.isfinite():
+        raise ValueError(f"infinite gradient in step {step + 1}: try lower learning rates")
     for optimizer in optimizers:
         optimizer.step()
     return loss.item()
 
 
 def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
-    """Train from where the checkpoint stands; save it at every evaluation and at Ctrl-C. It holds
-    the weights with the lowest validation loss ("model"; later ones may overfit) and the state of
-    the run ("last"), all that the next step depends on: a resumed run is the same, bit for bit."""
+    """Train from the checkpoint on to the end of the run, and save it at every evaluation."""
     optimizers = make_optimizers(model, config)
-    history, last = checkpoint["history"], checkpoint["last"]
-    step, losses, started = last["step"], last["losses"], time.perf_counter() - last["seconds"]
-    earlier = step == 0 and Path(config.out).exists()  # an older run: kept until an evaluation
-    if step > 0:
-        model.load_state_dict(last["model"])
-        for optimizer, state in zip(optimizers, last["optimizers"]):
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    forward = torch.compile(model) if config.compile and train_data.is_cuda else model
-    caught, stop = catch_signals(), False
-    def progress():  # the fraction of the run that is over
-        seconds = time.perf_counter() - started
-        return seconds / 60 / config.minutes if config.minutes else step / config.max_iters
-    fraction = progress()
-    while fraction < 1 and not stop:
+    step, started = restore(checkpoint["last"], model, optimizers)
+    # The compiled model has the same weights. It is faster, but takes a minute to prepare.
+    compiled = torch.compile(model) if config.compile and train_data.is_cuda else model
+    # Since the last evaluation; their mean is the training loss. They are measured with dropout,
+    # and while the model was still worse: at first they lie above the validation loss.
+    losses = []
+    progress = get_progress(step, started, config)
+    while progress < 1:
         x, y = get_batch(train_data, config, step)
-        losses.append(training_step(forward, optimizers, x, y, step, fraction, config, autocast))
+        loss = training_step(compiled, optimizers, x, y, step, progress, config, autocast)
+        losses.append(loss)
         step += 1
-        fraction, stop = progress(), len(caught) > 0
-        show_progress(step, losses[-1], y.numel(), fraction, started)
-        if step % config.eval_interval == 0 or fraction >= 1:
+        progress = get_progress(step, started, config)
+        show_progress(step, loss, step * y.numel(), progress, started)
+        if step % config.eval_interval == 0 or progress >= 1:
             with autocast:
                 val_loss = evaluate(model, val_data, config)
-            if all(val_loss < best for _, _, best in history):
-                checkpoint["model"] = copy.deepcopy(model.state_dict())
-            history.append((step, sum(losses) / len(losses), val_loss))
-            losses, earlier = [], False
-        if not losses or stop and not earlier:
-            checkpoint["last"] = dict(step=step, losses=losses, model=model.state_dict(),
-                                      optimizers=[o.state_dict()["state"] for o in optimizers],
-                                      seconds=time.perf_counter() - started)
-            write_whole(config.out, lambda file: torch.save(checkpoint, file))
-        if not losses:
-            report(checkpoint, model, tokenizer, val_data, config)
-    if stop:
-        sys.exit(f"stopped after step {step}; {'old file kept' if earlier else '--resume goes on'}")
+            checkpoint["history"].append((step, sum(losses) / len(losses), val_loss))
+            losses = []
+            save(checkpoint, step, started, model, optimizers, config.out)
+            report(checkpoint, model, tokenizer, config)
 
 
-def show_progress(step, loss, n_tokens, fraction, started):
-    """One line on the terminal, written over and over."""
+def get_progress(step, started, config):
+    """The fraction of the run that is over, by its steps or, with --minutes, by the clock."""
+    if config.minutes:
+        return (time.perf_counter() - started) / 60 / config.minutes
+    return step / config.max_iters
+
+
+def show_progress(step, loss, n_tokens, progress, started):
+    """A line on the terminal that is overwritten at each step."""
     if sys.stderr.isatty():
         seconds = time.perf_counter() - started
-        speed, left = step * n_tokens / seconds, seconds / fraction - seconds
-        print(f"step {step}: loss {loss:.3f}, {speed:,.0f} tokens/s, {left / 60:.1f} minutes left",
-              end=" \r", file=sys.stderr, flush=True)
+        speed = n_tokens / seconds
+        left = (seconds / progress - seconds) / 60
+        text = f"step {step}: loss {loss:.3f}, {speed:,.0f} tokens/s, {left:.1f} minutes left"
+        print(text, end=" \r", file=sys.stderr, flush=True)
 
 
-def catch_signals():
-    """Returns a list that Ctrl-C or SIGTERM adds to, so that the current step can be finished."""
-    caught = []
-    def handler(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, handler)
-    return caught
+def save(checkpoint, step, started, model, optimizers, path):
+    """Write the checkpoint to path. Its "model" are the weights with the lowest validation loss so
+    far, since later ones may overfit. Its "last" is everything that the next step depends on: a run
+    that was stopped and resumed ends exactly like one that was not (except with --minutes)."""
+    val_losses = [val_loss for _, _, val_loss in checkpoint["history"]]
+    if val_losses[-1] == min(val_losses):
+        checkpoint["model"] = copy.deepcopy(model.state_dict())
+    checkpoint["last"] = dict(
+        step=step, seconds=time.perf_counter() - started, model=model.state_dict(),
+        optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers])
+    with replacing(path) as file:
+        torch.save(checkpoint, file)
 
 
-def report(checkpoint, model, tokenizer, val_data, config):
-    """Print the latest losses, and what the model writes by now."""
+def restore(last, model, optimizers):
+    """Go back to what save() kept in "last". Returns the step, and when an unbroken run began."""
+    if last["step"] > 0:
+        model.load_state_dict(last["model"])
+        for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
+            # Only the means ("state"): learning rates and weight decay are those of the new flags.
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return last["step"], time.perf_counter() - last["seconds"]
+
+
+def report(checkpoint, model, tokenizer, config):
+    """Print the latest losses, and a sample of what the model writes so far."""
     step, train_loss, val_loss = checkpoint["history"][-1]
-    # In bits (a bit is ln 2) per byte of text, losses compare between vocabularies.
+    # The loss is a natural logarithm, in nats; divided by ln 2 it is in bits. Per byte of text
+    # instead of per token, it can be compared between models whose tokens differ in length.
     bits = val_loss / math.log(2) / checkpoint["bytes_per_token"]
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
-    torch.manual_seed(config.seed)
-    ids = [new.item() for new in generate(model, val_data.new_zeros(1, 1), 100)]  # from token 0 on
+    torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
+    # There must be something to continue: token 0, which in Shakespeare is the line break.
+    first = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    ids = [new.item() for new in generate(model, first, 100)]
     print("    | " + tokenizer.decode(ids).strip().replace("\n", "\n    | "))
 
 # ---- Files and flags ----------------------------------------------------------------------------
+
+# Nothing below is about language models. Skip it when you read this for the first time.
 
 DATA = Path(__file__).resolve().parent / "data"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def write_whole(path, write):
-    """Let write(file) fill a file of another name, then rename it: path is never half written."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name unique to this process
+@contextmanager
+def replacing(path):
+    """Opens a temporary file, which takes the place of path when it is complete. Whatever happens
+    in between, path is either the old file or the new one, never a part of it."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # with the process's number: no other has it
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            yield file
             file.flush()
-            os.fsync(file.fileno())  # on the disk, not only on its way there
+            os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # what torch.save makes of an OSError
+    except RuntimeError as error:  # this is what torch.save() turns a failed write into
         raise OSError(f"cannot write {path}: is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_text(path):
-    """The text at path, or Tiny Shakespeare, downloaded once, or else a play that comes with it."""
+    """The text file at path; by default Tiny Shakespeare, which is downloaded once, or, without a
+    network, the play that comes with these scripts."""
     if path:
         return Path(path).read_text(encoding="utf-8")
     path = DATA / "tinyshakespeare.txt"
@@ -406,96 +525,96 @@ def load_text(path):
             content = urllib.request.urlopen(URL, timeout=10).read()
             if hashlib.sha256(content).hexdigest() != SHA256:
                 raise OSError("the download is damaged")
-            write_whole(path, lambda file: file.write(content))
+            with replacing(path) as file:
+                file.write(content)
     except (OSError, http.client.HTTPException) as error:
-        print(f"no Tiny Shakespeare ({error}): using data/the-glass-harbour.txt")
+        print(f"cannot download Tiny Shakespeare ({error}): using data/the-glass-harbour.txt")
         path = DATA / "the-glass-harbour.txt"
     return path.read_text(encoding="utf-8")
 
 
-def check_out(path):
-    """Find out before training, not after it, whether a checkpoint can be saved at path."""
-    if Path(path).suffix != ".pt" or Path(path).is_dir():
-        raise ValueError(f"--out {path} must be a file whose name ends in .pt")
-    write_whole(f"{path}.test", lambda file: None)
-    Path(f"{path}.test").unlink(missing_ok=True)  # another process may have been quicker
-
-
 def load_checkpoint(path, *scripts):
-    """The checkpoint at path, saved by one of scripts. weights_only: nothing in it runs as code."""
+    """The checkpoint at path, saved by one of scripts. (Such a file could contain code that runs
+    when it is loaded; weights_only=True refuses that.)"""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] in scripts:
             return checkpoint
-    except Exception:  # a damaged file can trip its reader in any way
+    except Exception:  # there are many ways in which a damaged file can fail to load
         pass
     raise ValueError(f"{path} is missing, damaged or not a checkpoint of {' or '.join(scripts)}")
 
 
 def parse_flags(Config):
-    """Every field of Config as a flag, as in --max_iters 100. Returns those given, as a dict."""
+    """Makes every field of Config a flag, as in --max_iters 100. Returns those given, as a dict."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--setting value ...]", argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"{__doc__}\n{inspect.getsource(Config)}")
-    for f in fields(Config):
-        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument(f"--{f.name}", help=argparse.SUPPRESS, **how)
-    return vars(parser.parse_args())
+        description=f"{__doc__}\n{inspect.getsource(Config)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Config):
+        switch = {"action": argparse.BooleanOptionalAction}  # such as --full and --no-full
+        kind = switch if field.type is bool else {"type": field.type}
+        parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
+    flags = vars(parser.parse_args())
+    if "out" in flags and not flags["out"].endswith(".pt"):
+        raise ValueError(f"--out {flags['out']}: the name of a checkpoint must end in .pt")
+    return flags
 
 
 def pick_device(name):
-    best = torch.accelerator.current_accelerator(check_available=True)  # cuda or mps, or None
+    best = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, or None
     return torch.device(name if name != "auto" else best or "cpu")
 
 
 def pick_dtype(name, device):
-    """Mixed precision: matrix products in bfloat16, which has the range of float32 with fewer
-    digits, where that is faster; weights in float32, or small updates would be rounded away."""
+    """Mixed precision: matrix products in bfloat16, which has the range of float32 but fewer digits,
+    where that is faster. The weights stay in float32, or rounding would undo small updates."""
     if name != "auto":
         return getattr(torch, name)
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        fast = torch.cpu.get_capabilities().get("avx512_bf16")
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
     return torch.bfloat16 if fast else torch.float32
 
 
 def main():
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # any character, line by line
-    given = parse_flags(GPTConfig)
-    config = GPTConfig(**given)
-    check_out(config.out)
-    checkpoint = settings = {}
+    # Print any character on any terminal, and each line at once, even into a file.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    flags = parse_flags(GPTConfig)
+    config = GPTConfig(**flags)
+    checkpoint = None
     if config.resume and Path(config.out).exists():
         checkpoint = load_checkpoint(config.out, "char_gpt")
-        settings = checkpoint["config"]
+        config = GPTConfig(**checkpoint["config"] | flags | {"out": config.out})  # the last wins
     elif pick_device(config.device).type == "cpu" and not config.full:
-        settings = CPU_SETTINGS
-        print("a CPU trains a small model; --full trains the full one")
-    config = GPTConfig(**settings | given | {"out": config.out})
+        config = GPTConfig(**CPU_SETTINGS | flags)
+        print("training a small model, since there is no GPU; --full trains the full one")
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     text = load_text(config.data)
-    fixed = (f"n_layer {config.n_layer}, n_head {config.n_head}, n_embd {config.n_embd}, block_size"
-             f" {config.block_size}, text {hashlib.sha256(text.encode()).hexdigest():.12}")
-    if checkpoint.get("fixed", fixed) != fixed:
-        raise ValueError(f"--resume: the run has {checkpoint['fixed']}; this is {fixed}")
     tokenizer = CharTokenizer(text)
     config.vocab_size = V = len(tokenizer.chars)
     train_data, val_data = split_data(torch.tensor(tokenizer.encode(text), device=device), config)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # of the initial weights
     model = GPT(config).to(device)
-    print(f"{len(text):,} characters, {V} distinct; on {device} in {dtype}: "
+    print(f"{len(text):,} characters, {V} of them distinct; on {device} in {dtype}: "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{config.batch_size * config.block_size:,} characters in a step")
-    if not checkpoint:
-        checkpoint = dict(script="char_gpt", vocab=tokenizer.chars, history=[], fixed=fixed,
-                          bytes_per_token=len(text[len(train_data) :].encode()) / len(val_data),
-                          model=model.state_dict(), last=dict(step=0, losses=[], seconds=0))
+          f"{config.batch_size * config.block_size:,} characters per step")
+    must_match = {n: getattr(config, n) for n in ("n_layer", "n_head", "n_embd", "block_size")}
+    must_match["text"] = hashlib.sha256(text.encode()).hexdigest()
+    if checkpoint is None:
+        checkpoint = dict(script="char_gpt", vocab=tokenizer.chars, history=[],
+                          must_match=must_match, last=dict(step=0, seconds=0),
+                          bytes_per_token=len(text[len(train_data) :].encode()) / len(val_data))
         with autocast:
-            val_loss = evaluate(model, val_data, config)
-        print(f"before training: val loss {val_loss:.4f}; uniform: ln({V}) = {math.log(V):.4f}")
+            loss = evaluate(model, val_data, config)
+        print(f"before training: val loss {loss:.4f}; a uniform guess: ln({V}) = {math.log(V):.4f}")
+    changed = [name for name in must_match if must_match[name] != checkpoint["must_match"][name]]
+    if changed:
+        raise ValueError(f"--resume: {config.out} began with another {' and '.join(changed)}")
     checkpoint["config"] = vars(config)
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)
     step, _, best = min(checkpoint["history"], key=lambda entry: entry[2])
@@ -507,3 +626,5 @@ if __name__ == "__main__":
         main()
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume continues from the last evaluation, if there has been one")
