@@ -18,13 +18,11 @@ characters in the training text finds the best table without training; it reache
 # ///
 
 import argparse
-import hashlib
-import http.client
 import inspect
 import math
 import os
+import socket
 import sys
-import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -258,16 +256,14 @@ def load_text(path):
     if path:
         return Path(path).read_text(encoding="utf-8")
     path = DATA / "tinyshakespeare.txt"
-    try:
-        if not path.exists():
-            content = urllib.request.urlopen(URL, timeout=10).read()
-            if hashlib.sha256(content).hexdigest() != SHA256:
-                raise OSError("the download is damaged")
-            with replacing(path) as file:
-                file.write(content)
-    except (OSError, http.client.HTTPException) as error:
-        print(f"cannot download Tiny Shakespeare ({error}): using data/the-glass-harbour.txt")
-        path = DATA / "the-glass-harbour.txt"
+    if not path.exists():
+        try:
+            DATA.mkdir(exist_ok=True)
+            socket.setdefaulttimeout(30)  # seconds to wait for an answer
+            torch.hub.download_url_to_file(URL, str(path), SHA256, progress=False)
+        except Exception as error:  # there are many ways in which a download can fail
+            print(f"cannot download Tiny Shakespeare ({error}): using data/the-glass-harbour.txt")
+            path = DATA / "the-glass-harbour.txt"
     return path.read_text(encoding="utf-8")
 
 

@@ -20,13 +20,12 @@ which comes next, is the same model at the size of GPT-2, on parts of words inst
 import argparse
 import copy
 import hashlib
-import http.client
 import inspect
 import math
 import os
+import socket
 import sys
 import time
-import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -186,10 +185,9 @@ def attention(q, k, v):
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention in n_head heads at once. Each has queries, keys and values of its own, of
-    head_size = C / n_head numbers, so that one head can look for, say, the name of the speaker, and
-    another for the start of the word. (GPT-2 also used dropout on the attention weights. It makes
-    attention take more than twice as long, and is left out here.)"""
+    """Attention in n_head heads at once, each with queries, keys and values of its own, so that one
+    can look for the name of the speaker, say, and another for the start of the word. (GPT-2 also
+    has dropout on the attention weights, left out here: it doubles the time of attention.)"""
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
@@ -268,14 +266,14 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
-        # x: large if x has come to resemble token i. Tokens that are alike are alike at both ends.
+        # x, which is large if x points the same way.
         self.lm_head.weight = self.transformer.wte.weight
         self.initialize(config)
 
     def initialize(self, config):
-        """Small random weights, as in GPT-2. Random, because equal weights would get equal
-        gradients and stay equal. Small (0.02 is GPT-2's choice), because small scores are almost a
-        uniform guess: as in bigram.py, the first loss is close to ln(vocab_size)."""
+        """Random weights, because equal ones would get equal gradients and stay equal. Small ones
+        (0.02 is GPT-2's choice), because small scores are almost a uniform guess: as in bigram.py,
+        the first loss is close to ln(vocab_size)."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -290,7 +288,7 @@ class GPT(nn.Module):
         """Tokens idx (B, T) to logits (B, T, vocab_size); with targets (B, T), also the loss."""
         B, T = idx.shape
         if T > self.context_size:
-            raise ValueError(f"{T} tokens do not fit into the context of {self.context_size}")
+            raise ValueError(f"{T} tokens do not fit into a context of {self.context_size}")
         # Attention takes a mean, and a mean does not depend on order. So each token's vector must
         # say where it stands: one embedding is for the token, another for its position.
         positions = torch.arange(T, device=idx.device)
@@ -434,7 +432,8 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
 
 
 def get_progress(step, started, config):
-    """The fraction of the run that is over, by its steps or, with --minutes, by the clock."""
+    """The fraction of the run that is over, by its steps or, with --minutes, by the clock. (A run
+    by the clock is never exactly the same twice.)"""
     if config.minutes:
         return (time.perf_counter() - started) / 60 / config.minutes
     return step / config.max_iters
@@ -452,8 +451,8 @@ def show_progress(step, loss, n_tokens, progress, started):
 
 def save(checkpoint, step, started, model, optimizers, path):
     """Write the checkpoint to path. Its "model" are the weights with the lowest validation loss so
-    far, since later ones may overfit. Its "last" is everything that the next step depends on: a run
-    that was stopped and resumed ends exactly like one that was not (except with --minutes)."""
+    far, since later ones may overfit. Its "last" is everything that the next step depends on, so
+    that a run that was stopped and resumed ends exactly like one that was not."""
     val_losses = [val_loss for _, _, val_loss in checkpoint["history"]]
     if val_losses[-1] == min(val_losses):
         checkpoint["model"] = copy.deepcopy(model.state_dict())
@@ -465,7 +464,7 @@ def save(checkpoint, step, started, model, optimizers, path):
 
 
 def restore(last, model, optimizers):
-    """Go back to what save() kept in "last". Returns the step, and when an unbroken run began."""
+    """Go back to "last". Returns its step, and when the run would have begun if never stopped."""
     if last["step"] > 0:
         model.load_state_dict(last["model"])
         for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
@@ -520,16 +519,14 @@ def load_text(path):
     if path:
         return Path(path).read_text(encoding="utf-8")
     path = DATA / "tinyshakespeare.txt"
-    try:
-        if not path.exists():
-            content = urllib.request.urlopen(URL, timeout=10).read()
-            if hashlib.sha256(content).hexdigest() != SHA256:
-                raise OSError("the download is damaged")
-            with replacing(path) as file:
-                file.write(content)
-    except (OSError, http.client.HTTPException) as error:
-        print(f"cannot download Tiny Shakespeare ({error}): using data/the-glass-harbour.txt")
-        path = DATA / "the-glass-harbour.txt"
+    if not path.exists():
+        try:
+            DATA.mkdir(exist_ok=True)
+            socket.setdefaulttimeout(30)  # seconds to wait for an answer
+            torch.hub.download_url_to_file(URL, str(path), SHA256, progress=False)
+        except Exception as error:  # there are many ways in which a download can fail
+            print(f"cannot download Tiny Shakespeare ({error}): using data/the-glass-harbour.txt")
+            path = DATA / "the-glass-harbour.txt"
     return path.read_text(encoding="utf-8")
 
 
@@ -567,8 +564,8 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """Mixed precision: matrix products in bfloat16, which has the range of float32 but fewer digits,
-    where that is faster. The weights stay in float32, or rounding would undo small updates."""
+    """Mixed precision: matrix products in bfloat16, where that is faster. It has float32's range,
+    but fewer digits. The weights stay in float32, or rounding would swallow small updates."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
