@@ -93,8 +93,7 @@ CPU_SETTINGS = dict(
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
     muon_learning_rate=0.0, warmup_iters=5)
-# With --instructions, these come on top. A context of 256 holds most prompts with a response.
-INSTRUCTION_SETTINGS = dict(
+INSTRUCTION_SETTINGS = dict(  # on top of these, with --instructions
     block_size=256, batch_size=8, total_batch_size=8192, max_iters=130, eval_interval=65)
 
 # ---- Tokens -------------------------------------------------------------------------------------
@@ -102,7 +101,7 @@ INSTRUCTION_SETTINGS = dict(
 # Sequences of characters are long, and each character says little; words are too many to list them
 # all. A token of GPT-2 is something in between: a string of bytes that occurs often, from a single
 # byte to a long word. A text is first split into words: letters (\p{L}), digits (\p{N}) or other
-# signs, each with the space before it; endings such as 's; white space. Each word becomes tokens.
+# signs, each with the space before it; endings such as 's; white space. No token crosses two words.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"  # a token of its own, which stands between one text and the next
 
@@ -246,7 +245,7 @@ class InstructionData:
 def pick_rows(n_rows, step, config):
     """The epoch of a step, and the numbers of its rows. In an epoch, each of n_rows comes once, in
     random order, B at a time. (The last few, if they do not fill a batch, are left out.)"""
-    B = sequences_per_step(config)
+    B = config.total_batch_size // config.block_size
     steps_per_epoch = max(1, n_rows // B)
     epoch, i = divmod(step, steps_per_epoch)
     return epoch, shuffled(n_rows, config.seed, epoch)[i * B : (i + 1) * B]
@@ -255,10 +254,6 @@ def pick_rows(n_rows, step, config):
 @lru_cache(maxsize=2)  # to shuffle millions of rows takes a second: once per epoch is enough
 def shuffled(n_rows, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n_rows)
-
-
-def sequences_per_step(config):
-    return max(config.total_batch_size // config.block_size, N_PROCESSES)
 
 
 def make_batch(rows):
@@ -301,8 +296,7 @@ def encode_record(record, tokenizer):
 
 
 def read_records(path):
-    """A list, in JSON, of {"instruction": ..., "input": ..., "output": ...}; input may be missing.
-    Records without an output, of which Alpaca's file has a few, are left out."""
+    """A JSON list of {"instruction": ..., "input": ..., "output": ...}, without empty outputs."""
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
         return [{"input": ""} | r for r in records if r["instruction"] and r["output"]]
@@ -411,8 +405,7 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Multi-layer perceptron. It works on each token by itself: what attention has gathered is
-    processed here. A wide layer in between makes room for many features of the token; four times
-    as wide was the first transformer's choice, and most others have kept to it."""
+    processed here. A wide layer in between has room for many features; 4 is the usual factor."""
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)  # fc for fully connected
@@ -484,13 +477,11 @@ class GPT(nn.Module):
         """A trained model, in evaluation mode: a name in SIZES, a folder in Hugging Face's format
         or a checkpoint. Settings are fields of GPTConfig. Raises ValueError for what is damaged or
         not a GPT-2, OSError for what cannot be downloaded."""
-        model, _ = load_pretrained(name_or_path, {}, settings)
-        return model.eval()
+        return load_pretrained(name_or_path, {}, settings)[0].eval()
 
     def forward(self, idx, targets=None, caches=None):
         """Tokens idx (B, T) to logits (B, T, vocab_size); with targets (B, T), also the loss. With
-        caches, one per block, idx continues what they hold: if that is nothing, by any number of
-        tokens, otherwise by a single one."""
+        caches, one per block, idx is what follows the tokens in them; then T must be 1."""
         B, T = idx.shape
         start = caches[0].length if caches else 0
         if start + T > self.context_size:
@@ -690,9 +681,8 @@ def bytes_per_token(data, tokenizer):
 
 
 def describe(loss, bytes_per_token):
-    """The loss per token in two other forms. Perplexity: a uniform guess among that many tokens has
-    the same loss. Bits per byte of text: longer tokens are harder to guess, but fewer, so that only
-    this can be compared between models with different vocabularies."""
+    """Also as perplexity (a uniform guess among that many tokens has the same loss) and in bits per
+    byte of text: longer tokens are harder to guess, but fewer, so only this compares vocabularies."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(loss):.2f}, {bits:.3f} bits/byte)"
 
@@ -718,12 +708,10 @@ DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 # Settings in config.json that change the result. Other values than these are not supported.
 SUPPORTED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5,
                  scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
-# In vocab.json, a token has a printable character for each byte: the one with the byte's number if
-# that is printable, otherwise one from number 256 on. A space is "Ġ".
+# In vocab.json, a byte is a printable character: its own, or one from number 256 on (a space: Ġ).
 PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 LETTERS = dict(zip(PRINTABLE + OTHERS, PRINTABLE + list(range(256, 512))))  # for str.translate()
-
 HUB = "https://huggingface.co/openai-community"
 PUBLISHED = {  # revision, and SHA-256 of model.safetensors where it is known
     "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e",
@@ -778,7 +766,7 @@ def load_pretrained(name_or_path, settings, flags):
         model.lm_head.weight = model.transformer.wte.weight
         return model, tokenizer
     except Exception as error:  # there are many ways in which a damaged file can fail to load
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())  # on one line
         raise ValueError(f"cannot load {path}: {type(error).__name__}: {reason:.300}") from None
 
 
@@ -922,22 +910,35 @@ def pick_dtype(name, device):
     return torch.bfloat16 if fast else torch.float32
 
 
+def join_processes(device):
+    if N_PROCESSES > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # its number on this machine
+        # The processes find each other in a store, which outlives a restart by torchrun: the prefix
+        # keeps the entries of each start apart.
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(store=store, rank=RANK, world_size=N_PROCESSES)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
 def new_or_trained(flags, device):
     """What a run starts from: its configuration; its checkpoint if it is resumed, or None; and the
     trained model with its tokenizer that it goes on from, or None and None."""
-    small = device.type == "cpu" and not flags.get("full")
+    config = GPTConfig(**flags)
+    small = device.type == "cpu" and not config.full
     settings = CPU_SETTINGS if small else {}
-    name = flags.get("init")
-    if name:
+    if config.init:
         settings = FINE_TUNING_SETTINGS
-    if flags.get("instructions"):
+    if config.instructions:
         settings = settings | INSTRUCTION_SETTINGS  # of two dicts, the second wins
+    name = config.init
     checkpoint = None
-    out = flags.get("out", GPTConfig.out)
-    if flags.get("resume") and Path(out).exists():
-        checkpoint = load_checkpoint(out, "bpe_gpt")
-        settings = checkpoint["config"] | {"out": out}
-        name = out
+    if config.resume and Path(config.out).exists():
+        name = config.out
+        checkpoint = load_checkpoint(name, "bpe_gpt")
+        settings = checkpoint["config"] | {"out": name}
     if name:
         model, tokenizer = load_pretrained(name, settings, flags)
         return model.config, checkpoint, model, find_tokenizer(model, tokenizer)
@@ -953,26 +954,24 @@ def main():
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
     device = pick_device(flags.get("device", "auto"))
-    if N_PROCESSES > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # its number on this machine
-        dist.init_process_group()
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+    join_processes(device)
     config, checkpoint, model, tokenizer = new_or_trained(flags, device)
     load_data = load_instructions if config.instructions else load_tokens
     train_data, val_data, tokenizer = load_data(config, tokenizer)
-    V = tokenizer.n_vocab
-    first_batch = train_data.training_batch(0)[0].tolist()
+    config.vocab_size = V = tokenizer.n_vocab
     if model is None:
-        config.vocab_size = V
         torch.manual_seed(config.seed)  # of the initial weights
         model = GPT(config)
     model.to(device)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    n_sequences = config.total_batch_size // config.block_size
+    if n_sequences < N_PROCESSES:
+        least = N_PROCESSES * config.block_size
+        raise ValueError(f"--total_batch_size must be at least {least}, a sequence per process")
     print(f"on {device} in {dtype}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{sequences_per_step(config)} sequences of {config.block_size} tokens per step")
+          f"{n_sequences} sequences of {config.block_size} tokens per step")
+    first_batch = None if config.eval_only else train_data.training_batch(0)[0].tolist()
     if checkpoint is None:
         n_bytes = bytes_per_token(val_data, tokenizer)
         with autocast:

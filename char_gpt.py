@@ -217,8 +217,7 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Multi-layer perceptron. It works on each token by itself: what attention has gathered is
-    processed here. A wide layer in between makes room for many features of the token; four times
-    as wide was the first transformer's choice, and most others have kept to it."""
+    processed here. A wide layer in between has room for many features; 4 is the usual factor."""
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)  # fc for fully connected
