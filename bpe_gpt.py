@@ -682,7 +682,7 @@ def bytes_per_token(data, tokenizer):
 
 def describe(loss, bytes_per_token):
     """Also as perplexity (a uniform guess among that many tokens has the same loss) and in bits per
-    byte of text: longer tokens are harder to guess, but fewer, so only this compares vocabularies."""
+    byte of text. Longer tokens are harder to guess, but fewer: only this compares vocabularies."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(loss):.2f}, {bits:.3f} bits/byte)"
 

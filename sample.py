@@ -1,22 +1,22 @@
-"""Text from the models that the other scripts train, and from GPT-2; and a look inside them.
+"""Generate text with the models of the other scripts and with GPT-2, and look inside them.
 
-    python sample.py                    # the newest checkpoint in out/
-    python sample.py out/bigram.pt      # this one
-    python sample.py gpt2               # as published; or gpt2-medium, gpt2-large, gpt2-xl
-    python sample.py FOLDER             # a GPT-2 in Hugging Face's format
+    python sample.py                    # from the newest checkpoint in out/
+    python sample.py out/bigram.pt      # from this one
+    python sample.py gpt2               # from GPT-2, or gpt2-medium, gpt2-large, gpt2-xl
+    python sample.py FOLDER             # from a GPT-2 in Hugging Face's format
     python sample.py --prompt "ROMEO:" --temperature 0.8 --top_k 20
-    python sample.py --interactive      # one prompt after the other; Ctrl-D ends
+    python sample.py --interactive      # one prompt after another; Ctrl-D ends
     python sample.py --instruct "Name the opposite." --input "heavy"
 
-What a model makes of a text:
+To see what a model does with a text:
 
     python sample.py --probs "To be, or not"      # the probability of each token
     python sample.py --attention "To be, or not" --layer 1 --head 2
     python sample.py --attention "To be, or not" --plot attention.png     # all layers and heads
-    python sample.py --shapes "To be, or not"     # what goes into each module, and what comes out
+    python sample.py --shapes "To be, or not"     # what goes into each module and what comes out
     python sample.py --curve out/bigram.pt out/char_gpt.pt --plot curves.png
 
---plot needs matplotlib; --instruct, a model trained by bpe_gpt.py --instructions.
+--plot needs matplotlib. --instruct needs a model that bpe_gpt.py has trained on --instructions.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -29,7 +29,6 @@ import glob
 import inspect
 import itertools
 import math
-import operator
 import os
 import signal
 import sys
@@ -52,97 +51,118 @@ class SampleConfig:
     input: str = ""  # what the instruction is about
     interactive: bool = False  # ask for prompts, or instructions
     max_new_tokens: int = 500  # length of a text
-    num_samples: int = 1  # texts to make, as one batch
-    temperature: float = 1.0  # below 1: likely tokens gain; 0: always the likeliest
-    top_k: int = 0  # sample from the k likeliest tokens only
-    top_p: float = 1.0  # from the likeliest tokens that together have this probability
-    min_p: float = 0.0  # from tokens at least this fraction as likely as the likeliest
-    beam: int = 0  # instead of sampling, search for the likeliest text, keeping this many
-    stop: str = ""  # end a text before this
-    ignore_end: bool = False  # go on where the model ends its text
-    dtype: str = "auto"  # float32, bfloat16 or float16; auto: fast, if the model is large
-    seed: int = 1337  # the same seed gives the same text
-    probs: str = ""  # show the probability of every token of this text
-    attention: str = ""  # show which of its tokens attend to which
-    layer: int = 0  # of --attention
-    head: int = 0  # of --attention
-    shapes: str = ""  # show what this text is on its way through the model
-    curve: bool = False  # show the losses of the checkpoints named, in bits per byte
-    plot: str = ""  # draw --attention or --curve in this file, such as x.png
+    num_samples: int = 1  # number of texts
+    temperature: float = 1.0  # below 1: likely tokens become likelier; 0: always the likeliest
+    top_k: int = 0  # if given, sample from the k likeliest tokens only
+    top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
+    min_p: float = 0.0  # sample from tokens at least this fraction as likely as the likeliest
+    beam: int = 0  # instead of sampling, search for the likeliest text, among this many at a time
+    stop: str = ""  # end a text before these characters
+    ignore_end: bool = False  # continue even after the model's end-of-text token
+    dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 for a large model, if it is fast here
+    seed: int = 1337  # of the random numbers: the same seed gives the same text
+    probs: str = ""  # show the probability of every token in this text
+    attention: str = ""  # show which tokens of this text attend to which
+    layer: int = 0  # the layer to show with --attention
+    head: int = 0  # the head to show with --attention
+    shapes: str = ""  # show the shapes that this text has on its way through the model
+    curve: bool = False  # show the losses of the checkpoints that are named, in bits per byte
+    plot: str = ""  # draw --attention or --curve into this file, such as x.png
 
 # ---- Sampling -----------------------------------------------------------------------------------
 
-# Taking the likeliest token each time soon runs in circles. Drawing from the distribution is true
-# to the model, but it has a long tail of unlikely tokens, and one bad token can derail the text.
-# Most settings make this tail thinner, or cut it off.
-
+# A text that takes the likeliest token each time soon repeats itself. Sampling, as in training, is
+# true to the model, but among 50,257 tokens there are very many unlikely ones. Together they have
+# some probability, and a single bad token can spoil the rest of the text. The settings below make
+# this tail of the distribution thinner, or cut it off.
 
 def choose(logits, config):
-    """Draw a token as the settings say: (B, vocab_size) to (B, 1)."""
-    if config.temperature < 1e-9:  # the limit: all probability is on the likeliest token
+    """Draw a token according to the settings: (B, vocab_size) to (B, 1)."""
+    if config.temperature == 0:  # the limit: all probability is on the likeliest token
         return logits.argmax(dim=-1, keepdim=True)
     logits, tokens = logits.float().sort(dim=-1, descending=True)  # the likeliest first
-    # Softmax ignores what is subtracted from all scores; with the best at 0, none can overflow.
+    # The highest score becomes 0, or a low temperature could make it too large for exp(). Softmax
+    # does not change when the same number is subtracted from all scores.
     logits = (logits - logits[:, :1]) / config.temperature
-    # Cut by rank (Fan et al. 2018), by probability relative to the likeliest (Nguyen et al. 2024),
-    # or by the sum of the likelier ones' probabilities ("nucleus", Holtzman et al. 2020).
-    if config.top_k:
+    if config.top_k:  # a cut by rank (Fan et al. 2018)
         logits[:, config.top_k :] = -math.inf
-    probs = F.softmax(logits, dim=-1)
+    probs = logits.softmax(dim=-1)
+    # A cut by probability, relative to the likeliest token (Nguyen et al. 2024).
     tail = probs < config.min_p * probs[:, :1]
+    # A cut by the sum of the probabilities of all likelier tokens (Holtzman et al. 2020). For
+    # example, with the probabilities 0.5, 0.3, 0.15, 0.05 and a top_p of 0.7, these sums are 0,
+    # 0.5, 0.8, 0.95: the first two tokens stay.
     if config.top_p < 1:
-        likelier = probs.cumsum(dim=-1) - probs  # the probability of all tokens before this one
-        tail |= likelier >= config.top_p
-    tail[:, 0] = False  # the likeliest stays, whatever the settings
+        tail |= probs.cumsum(dim=-1) - probs >= config.top_p
+    tail[:, 0] = False  # the likeliest token always stays
     return tokens.gather(-1, sample(logits.masked_fill(tail, -math.inf)))
 
 
 @torch.no_grad()
 def beam_search(model, idx, max_new_tokens, width, end):
-    """Look for the likeliest text that begins with idx (1, T): extend the `width` best texts by any
-    token, keep the `width` best of the results, repeat. Returns finished texts, the best first, as
-    lists of new tokens. Each token lowers the probability of a text, so that the total would favour
-    short ones: finished texts are ranked by the mean log-probability of their tokens."""
-    texts, scores, finished, caches = idx, 0, [], []  # scores: total log-probabilities
-    if isinstance(model, bpe_gpt.GPT) and idx.shape[1] + max_new_tokens <= model.block_size:
-        caches = [bpe_gpt.Cache(model.block_size) for _ in model.transformer.h]
+    """Search for the likeliest text that begins with idx (1, T): extend each of the `width` best
+    texts by every token, keep the `width` best of the results, repeat. A text is finished with the
+    token `end`. Returns the finished texts, the best first, as lists of new tokens.
+
+    The score of a text is its log-probability, the sum of those of its tokens. Every token lowers
+    it, which would favour short texts: finished texts are ranked by the mean over their tokens."""
+    texts = idx
+    scores = torch.zeros(1, 1, device=idx.device)  # of the texts, (number of texts, 1)
+    finished = []
+    caches = []
+    if isinstance(model, bpe_gpt.GPT) and idx.shape[1] + max_new_tokens <= model.context_size:
+        caches = [bpe_gpt.Cache(model.context_size) for _ in model.transformer.h]
     for n in range(1, max_new_tokens + 1):
         if caches:
             logits, _ = model(texts[:, caches[0].length :], caches=caches)
         else:
-            logits, _ = model(texts[:, -model.block_size :])
-        totals = scores + F.log_softmax(logits[:, -1].float(), dim=-1)  # (texts, vocab_size)
-        best, places = totals.flatten().topk(min(width, totals.numel()))
-        parents, tokens = torch.unravel_index(places, totals.shape)
-        texts = torch.cat((texts[parents], tokens[:, None]), dim=1)
+            logits, _ = model(texts[:, -model.context_size :])
+        totals = scores + logits[:, -1].float().log_softmax(dim=-1)  # (texts, vocab_size)
+        best, positions = totals.flatten().topk(min(width, totals.numel()))
+        parents, tokens = torch.unravel_index(positions, totals.shape)  # which text, which token
+        texts = torch.cat((texts[parents], tokens.unsqueeze(1)), dim=1)
         done = (tokens == end) | (n == max_new_tokens)
         finished += zip((best[done] / n).tolist(), texts[done, idx.shape[1] :].tolist())
         if done.all() or len(finished) >= width:
             break
-        texts, scores, parents = texts[~done], best[~done, None], parents[~done]
+        texts = texts[~done]
+        scores = best[~done].unsqueeze(1)
         for cache in caches:  # a text takes over the keys and values of the one that it extends
-            cache.kv = cache.kv[:, parents]
+            cache.k = cache.k[parents[~done]]
+            cache.v = cache.v[parents[~done]]
     return [text for _, text in sorted(finished, reverse=True)]
 
 
 def continuations(model, idx, end, config):
-    """The texts that follow idx (1, T), as iterators over their tokens."""
+    """The texts that continue idx (1, T), each as an iterable of tokens."""
     if config.beam:
         texts = beam_search(model, idx, config.max_new_tokens, config.beam, end)
         return texts[: config.num_samples]
     generate = bpe_gpt.generate if isinstance(model, bpe_gpt.GPT) else char_gpt.generate
     idx = idx.repeat(config.num_samples, 1)
     columns = generate(model, idx, config.max_new_tokens, lambda logits: choose(logits, config))
-    # All texts grow at once, by a column (B, 1) of tokens. Reading one of them further than any so
-    # far makes the model go on; tee() keeps what the others have not read yet.
-    columns = itertools.tee((column.flatten().tolist() for column in columns), config.num_samples)
-    return [map(operator.itemgetter(i), columns[i]) for i in range(config.num_samples)]
+    seen = []
+    return [read_row(i, columns, seen) for i in range(config.num_samples)]
+
+
+def read_row(i, columns, seen):
+    """Yields the tokens of text number i. All texts grow together, by one column (B, 1) of tokens
+    at a time. Columns that one text has needed are in `seen`, for the others to read."""
+    for n in itertools.count():
+        if n == len(seen):
+            column = next(columns, None)
+            if column is None:
+                return
+            seen.append(column.flatten().tolist())
+        yield seen[n][i]
 
 
 def stream(tokens, tokenizer, end, stop):
-    """Yields the text of the tokens, as soon as it is certain: a part of a character waits for its
-    other bytes, and what may be the beginning of `stop` waits until it cannot be."""
-    decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    """Yields the text of the tokens, each piece as soon as it is certain. A character can be spread
+    over several tokens: the first of its bytes wait for the others. What may be the beginning of
+    `stop`, which is not to be shown, waits for what follows."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # it keeps bytes that have to wait
+    text = ""
     for token in tokens:
         if token == end:
             break
@@ -150,18 +170,22 @@ def stream(tokens, tokenizer, end, stop):
         if stop and stop in text:
             yield text[: text.index(stop)]
             return
-        beginnings = (stop[:n] for n in range(len(stop) - 1, 0, -1))  # the longest first
-        waiting = next((part for part in beginnings if text.endswith(part)), "")
+        waiting = ""
+        for n in range(1, len(stop)):
+            if text.endswith(stop[:n]):
+                waiting = stop[:n]  # in the end, the longest of these
         yield text.removesuffix(waiting)
         text = waiting
     yield text + decoder.decode(b"", final=True)
 
 
-def write(model, tokenizer, idx, shown, config):
-    """Print what the model makes of idx (1, T): the first text as it grows, then the others."""
-    end = -1 if config.ignore_end else tokenizer.eot_token  # no token is -1
+def print_texts(model, tokenizer, idx, prompt, config):
+    """Print the prompt and the continuations of idx (1, T): the first as it grows, then the rest."""
+    end = -1 if config.ignore_end else tokenizer.eot_token  # no token has the number -1
     for i, tokens in enumerate(continuations(model, idx, end, config)):
-        print("-" * 40 + "\n" if i else "", shown, sep="", end="", flush=True)
+        if i > 0:
+            print("-" * 40)
+        print(prompt, end="", flush=True)
         for piece in stream(tokens, tokenizer, end, config.stop):
             print(piece, end="", flush=True)
         print()
@@ -169,43 +193,48 @@ def write(model, tokenizer, idx, shown, config):
 # ---- Looking inside -----------------------------------------------------------------------------
 
 def quote(tokenizer, token):
-    """A token on one line, in quotes; \\xf0 is a byte that is not a whole character."""
+    """A token in quotes, on one line. A byte that is only part of a character looks like \\xf0."""
     text = tokenizer.decode_single_token_bytes(token).decode("utf-8", "backslashreplace")
     return repr(text).replace("\\\\", "\\")
 
 
 @torch.no_grad()
 def next_log_probs(model, idx):
-    """For each token of idx (1, T) the log-probabilities of the next one, (T, vocab_size)."""
-    size = model.block_size
-    logits = [model(idx[:, :size])[0][0]]  # all places in one pass
-    for end in range(size + 1, idx.shape[1] + 1):  # beyond block_size one by one, as in generate()
-        logits.append(model(idx[:, end - size : end])[0][0, -1:])
-    return F.log_softmax(torch.cat(logits), dim=-1)
+    """For each token of idx (1, T), the log-probabilities of the next one: (T, vocab_size)."""
+    size = model.context_size
+    logits, _ = model(idx[:, :size])  # all positions at once
+    rows = [logits[0]]
+    for end in range(size + 1, idx.shape[1] + 1):  # the others with a moving window, as generate()
+        logits, _ = model(idx[:, end - size : end])
+        rows.append(logits[0, -1:])
+    return torch.cat(rows).log_softmax(dim=-1)
 
 
 def show_probs(model, tokenizer, ids):
-    """A line for each token but the first: its probability, its rank among all tokens, the other
-    likely ones. The redder, the more surprised was the model: two bits for each of five colours."""
+    """A line for each token but the first: its probability, its rank among all tokens, and the
+    likeliest other tokens. On a terminal, five colours from blue to red show how surprising it was,
+    which is minus the logarithm of its probability: less than 2 bits, 4, 6, 8, or more."""
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    log_probs, ids = next_log_probs(model, torch.tensor([ids[:-1]])), ids[1:]
+    log_probs = next_log_probs(model, torch.tensor([ids[:-1]]))
+    targets = ids[1:]
     print("token           probability    rank   likeliest others")
-    for token, row in zip(ids, log_probs):
+    for token, row in zip(targets, log_probs):
         rank = (row > row[token]).sum() + 1
         others = [other for other in row.argsort(descending=True)[:4].tolist() if other != token]
         others = [f"{quote(tokenizer, other)} {row[other].exp():.1%}" for other in others[:3]]
         name = f"{quote(tokenizer, token):15}"
         if coloured:
-            colour = (34, 106, 178, 208, 196)[min(int(-row[token] / math.log(4)), 4)]
-            name = f"\033[38;5;{colour}m{name}\033[0m"
+            bits = -row[token].item() / math.log(2)
+            colour = (33, 37, 178, 208, 196)[min(int(bits / 2), 4)]
+            name = f"\033[38;5;{colour}m{name}\033[0m"  # ANSI's codes for a colour and its end
         print(f"{name} {row[token].exp():11.2%} {rank:7}   {'  '.join(others)}")
-    loss = F.nll_loss(log_probs, torch.tensor(ids))
-    print(f"total loss {loss * len(ids):.2f}, mean {loss:.4f}, perplexity {loss.exp():.2f}")
+    loss = F.nll_loss(log_probs, torch.tensor(targets))  # cross-entropy, from log-probabilities
+    print(f"total loss {loss * len(targets):.2f}, mean {loss:.4f}, perplexity {loss.exp():.2f}")
 
 
 @torch.no_grad()
 def forward_with_hooks(model, ids, modules, hook):
-    """Run the model on ids, and hook(module, inputs, output) after each of the modules."""
+    """Run the model on ids, with a call of hook(module, inputs, output) after each of modules."""
     handles = [module.register_forward_hook(hook) for module in modules]
     model(torch.tensor([ids]))
     for handle in handles:
@@ -214,46 +243,49 @@ def forward_with_hooks(model, ids, modules, hook):
 
 def attention_weights(model, ids):
     """(n_layer, n_head, T, T): in each head, row t says how much token t attends to each token."""
-    blocks, found = model.transformer.h, []
+    n_head = model.transformer.h[0].attn.n_head
+    weights = []
 
     def hook(c_attn, inputs, output):  # (1, T, 3 * C): queries, keys and values of all heads
-        heads = output.unflatten(-1, (3, blocks[0].attn.n_head, -1))
-        q, k, _ = heads.permute(2, 0, 3, 1, 4)  # each (1, n_head, T, head_size)
-        # The weighted mean of the rows of the identity matrix: the weights themselves.
-        found.append(attention(q, k, torch.eye(len(ids))))
+        q, k, _ = output.chunk(3, dim=-1)  # each (1, T, C)
+        q = q.unflatten(-1, (n_head, -1)).transpose(1, 2)  # (1, n_head, T, head_size)
+        k = k.unflatten(-1, (n_head, -1)).transpose(1, 2)
+        # The values are the rows of the identity matrix. Their weighted mean is the weights.
+        weights.append(attention(q, k, torch.eye(len(ids))))
 
-    forward_with_hooks(model, ids, [block.attn.c_attn for block in blocks], hook)
-    return torch.cat(found)
+    forward_with_hooks(model, ids, [block.attn.c_attn for block in model.transformer.h], hook)
+    return torch.cat(weights)
 
 
 def show_attention(model, tokenizer, ids, config):
     if not hasattr(model, "transformer"):
         raise ValueError("a bigram model has no attention: name another checkpoint")
-    weights, names = attention_weights(model, ids), [quote(tokenizer, token) for token in ids]
+    weights = attention_weights(model, ids)
+    names = [quote(tokenizer, token) for token in ids]
     if config.plot:
         return plot_attention(weights, names, config.plot)
     n_layer, n_head, _, _ = weights.shape
     if not (0 <= config.layer < n_layer and 0 <= config.head < n_head):
         raise ValueError(f"--layer is from 0 to {n_layer - 1}, --head from 0 to {n_head - 1}")
-    weights, width = weights[config.layer, config.head], max(map(len, names))
+    width = max(map(len, names))
     print(f"layer {config.layer}, head {config.head}: each row attends to the columns")
     for letters in itertools.zip_longest(*names, fillvalue=" "):  # the names, from top to bottom
         print(" " * width, " ".join(letters))
-    for name, row in zip(names, weights.tolist()):
+    for name, row in zip(names, weights[config.layer, config.head].tolist()):
         shades = (" ░▒▓█"[min(int(5 * math.sqrt(weight)), 4)] for weight in row)
         print(name.rjust(width), "".join(2 * shade for shade in shades))
     print("weights: ░ from 4%, ▒ from 16%, ▓ from 36%, █ from 64%")
 
 
 def plot_attention(weights, names, path):
-    """One picture of all heads (side by side) of all layers (one above the other)."""
+    """A picture of all heads (side by side) of all layers (one below the other)."""
     import matplotlib.pyplot as plt
 
     n_layer, n_head, T, _ = weights.shape
-    size = T + 1  # of a tile: T x T weights and a gap
+    size = T + 1  # of one head: T x T weights and a gap
     tiles = F.pad(weights, (0, 1, 0, 1), value=math.nan)  # (n_layer, n_head, size, size)
     picture = tiles.transpose(1, 2).reshape(n_layer * size, n_head * size)
-    inch = min(0.13, 30 / max(picture.shape))  # of a token
+    inch = min(0.13, 30 / max(picture.shape))  # the size of a token
     figure, axis = plt.subplots(figsize=(inch * n_head * size + 2, inch * n_layer * size + 1))
     image = axis.imshow(picture.numpy(), vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
     axis.set_xticks(range(n_head * size), (names + [""]) * n_head, rotation=90)
@@ -266,16 +298,18 @@ def plot_attention(weights, names, path):
 
 
 def show_shapes(model, ids):
-    """A line for each module without parts, in the order in which they work. Attention itself is a
-    function, without a line: it stands between c_attn and c_proj."""
+    """A line for each module that has no modules inside, in the order in which they run. Attention
+    itself is a function and has no line: it comes between c_attn and c_proj."""
     names = {module: name for name, module in model.named_modules()}
-    counted = set()  # the parameters so far: lm_head shares those of wte
+    counted = set()  # the parameters so far, since lm_head has the same as wte
 
     def hook(module, inputs, output):
         n_params = sum(p.numel() for p in module.parameters() if p not in counted)
         counted.update(module.parameters())
-        kind, before, after = type(module).__name__, [*inputs[0].shape], [*output.shape]
-        print(f"{names[module]:28} {kind:10} {before!s:>16} {after!s:>16} {n_params:12,}")
+        kind = type(module).__name__
+        before = str(list(inputs[0].shape))
+        after = str(list(output.shape))
+        print(f"{names[module]:28} {kind:10} {before:>16} {after:>16} {n_params:12,}")
 
     print(f"{'module':28} {'kind':10} {'in':>16} {'out':>16} {'parameters':>12}")
     leaves = [m for m in names if not list(m.children()) and not isinstance(m, torch.nn.Dropout)]
@@ -284,17 +318,16 @@ def show_shapes(model, ids):
 
 
 def read_curve(path):
-    """A run's history: [(megabytes of text read, training loss, validation loss)]. The losses are
-    in bits per byte of text, which, unlike those per token, compare between vocabularies."""
+    """The history of a run, [(megabytes of text read, training loss, validation loss)]. The losses
+    are in bits per byte of text, which can be compared between models with different tokens."""
     checkpoint = load_checkpoint(path, *CHARACTER_MODELS, "bpe_gpt")
-    config, n_bytes = checkpoint["config"], checkpoint["bytes_per_token"]
+    config = checkpoint["config"]
+    n_bytes = checkpoint["bytes_per_token"]
     if config.get("instructions"):
-        raise ValueError(f"{path} learned from instructions, not from a text")
-    if not checkpoint["history"]:
-        raise ValueError(f"{path} has no losses yet: its run was stopped before it was evaluated")
+        raise ValueError(f"{path} was trained on instructions, not on a text")
     n_tokens = config.get("total_batch_size") or config["batch_size"] * config["block_size"]
-    bits = 1 / math.log(2) / n_bytes  # per byte, at a loss of 1 per token
-    megabytes = n_tokens * n_bytes / 1e6  # per step
+    bits = 1 / math.log(2) / n_bytes  # bits per byte of text, for each nat per token
+    megabytes = n_tokens * n_bytes / 1e6  # of text, per step
     return [(step * megabytes, a * bits, b * bits) for step, a, b in checkpoint["history"]]
 
 
@@ -321,13 +354,15 @@ def show_curves(paths, plot):
 
 # ---- Models and flags ---------------------------------------------------------------------------
 
-CHARACTER_MODELS = {"bigram": (BigramConfig, BigramLanguageModel)}
-CHARACTER_MODELS |= {"char_gpt": (char_gpt.GPTConfig, char_gpt.GPT)}
+CHARACTER_MODELS = {
+    "bigram": (BigramConfig, BigramLanguageModel),
+    "char_gpt": (char_gpt.GPTConfig, char_gpt.GPT),
+}
 
 
 class Characters(CharTokenizer):
     """CharTokenizer with the methods of tiktoken that this script uses."""
-    eot_token = -1  # no token: these models never end a text
+    eot_token = -1  # the number of no token: these models never end a text
     encode_ordinary = CharTokenizer.encode
 
     def decode_single_token_bytes(self, token):
@@ -335,10 +370,10 @@ class Characters(CharTokenizer):
 
 
 def load_model(name):
-    """Model, tokenizer and checkpoint, which is empty for a published model or a folder."""
-    published = name in bpe_gpt.SIZES or os.path.isdir(name) or name.endswith(".safetensors")
-    checkpoint = {} if published else load_checkpoint(name, *CHARACTER_MODELS, "bpe_gpt")
-    if published or checkpoint["script"] == "bpe_gpt":
+    """Model, tokenizer and checkpoint. For a published model or a folder, that is an empty dict."""
+    no_checkpoint = name in bpe_gpt.SIZES or os.path.isdir(name) or name.endswith(".safetensors")
+    checkpoint = {} if no_checkpoint else load_checkpoint(name, *CHARACTER_MODELS, "bpe_gpt")
+    if no_checkpoint or checkpoint["script"] == "bpe_gpt":
         model, tokenizer = bpe_gpt.load_pretrained(name, {}, {})
         return model.eval(), bpe_gpt.find_tokenizer(model, tokenizer), checkpoint
     Config, Model = CHARACTER_MODELS[checkpoint["script"]]
@@ -348,56 +383,32 @@ def load_model(name):
 
 
 def fast_dtype(model, device, config):
-    """For each new token all weights are read from memory, which in a large model takes most of the
-    time: half the bits, half the time. A CPU without instructions for bfloat16 is still fast with
-    one text, but not with several."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    if sum(p.numel() for p in model.parameters()) < 50e6:
+    """For each new token, all weights have to be read from memory. In a large model, this takes
+    most of the time, and half the bits take half the time."""
+    small = sum(p.numel() for p in model.parameters()) < 50e6
+    if config.dtype == "auto" and small:
         return torch.float32
-    single = device.type == "cpu" and config.num_samples == 1 and not config.beam
-    return torch.bfloat16 if single else pick_dtype("auto", device)
-
-
-class FastLinear(torch.nn.Linear):
-    """torch.nn.Linear on a CPU, up to twice as fast for a single token (PyTorch 2.13)."""
-    def forward(self, x):  # (B, T, in_features)
-        single = x.numel() == self.in_features
-        torch.backends.mkldnn.enabled = not single  # oneDNN is slow with a single one
-        if not single or x.dtype != torch.float32:
-            return super().forward(x)
-        # In float32 PyTorch leaves a product of a matrix and a vector to one core. A batch of such
-        # products, each with a part of the matrix, is shared by all cores.
-        n = max(n for n in range(1, 65) if self.out_features % n == 0)
-        parts = self.weight.unflatten(0, (n, -1))  # (n, out_features / n, in_features)
-        y = torch.bmm(parts, x.mT.expand(n, -1, -1)).view(1, 1, -1)  # x.mT is (1, in_features, 1)
-        return y if self.bias is None else y + self.bias
-
-
-def speed_up(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.__class__ = FastLinear  # the same weights, another forward()
+    return pick_dtype(config.dtype, device)
 
 
 def parse_flags(Config):
-    """Every field of Config as a flag, and the models' names. Returns those given, as a dict."""
+    """Makes every field of Config a flag, as in --top_k 20. Returns those given, as a dict; the
+    names of models are its "models"."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [model ...] [--setting value ...]", argument_default=argparse.SUPPRESS,
         description=f"{__doc__}\n{inspect.getsource(Config)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help=argparse.SUPPRESS, default=[])
     for field in fields(Config):
-        switch = {"action": argparse.BooleanOptionalAction}  # --curve, --no-curve
-        how = switch if field.type is bool else {"type": field.type}
-        parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **how)
+        switch = {"action": argparse.BooleanOptionalAction}  # such as --curve and --no-curve
+        kind = switch if field.type is bool else {"type": field.type}
+        parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
     return vars(parser.parse_args())
 
 
 def typed_lines():
     """What the user types, line by line, until Ctrl-D."""
-    while sys.stdin:  # None if it is closed
+    while sys.stdin:  # it is None if there is no standard input
         try:
             yield input("> ")
         except EOFError:
@@ -405,42 +416,40 @@ def typed_lines():
 
 
 def main():
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # any character, line by line
-    given = parse_flags(SampleConfig)
-    models = given.pop("models") or sorted(glob.glob("out/*.pt"), key=os.path.getmtime)[-1:]
-    if not models:
+    # Print any character on any terminal, and each line at once, even into a file.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    flags = parse_flags(SampleConfig)
+    names = flags.pop("models") or sorted(glob.glob("out/*.pt"), key=os.path.getmtime)[-1:]
+    if not names:
         raise ValueError("no checkpoint in out/: train a model first, or name one, such as gpt2")
-    config = SampleConfig(**given)
+    config = SampleConfig(**flags)
     if config.curve:
-        return show_curves(models, config.plot)
-    model, tokenizer, checkpoint = load_model(models[0])
+        return show_curves(names, config.plot)
+    model, tokenizer, checkpoint = load_model(names[0])
     encode = tokenizer.encode_ordinary
-    # Before a text stands the end of another one; with characters a line break, the first of them.
-    start = [max(tokenizer.eot_token, 0)]
+    # What comes before a text: the end of another one or, for characters, token 0, the line break.
+    before = [max(tokenizer.eot_token, 0)]
     if config.probs:
-        return show_probs(model, tokenizer, start + encode(config.probs))
-    ids = encode(config.attention or config.shapes)
+        return show_probs(model, tokenizer, before + encode(config.probs))
     if config.attention:
-        return show_attention(model, tokenizer, ids, config)
+        return show_attention(model, tokenizer, encode(config.attention), config)
     if config.shapes:
-        return show_shapes(model, ids)
+        return show_shapes(model, encode(config.shapes))
 
     device = pick_device("auto")
     dtype = fast_dtype(model, device, config)
     model.to(device, dtype)
-    if device.type == "cpu":
-        speed_up(model)
-    print(f"{models[0]} on {device}, {dtype}", file=sys.stderr)
+    print(f"{names[0]} on {device}, {dtype}", file=sys.stderr)
     torch.manual_seed(config.seed)
-    instructed = config.instruct or config.interactive and checkpoint.get("config", {}).get(
-        "instructions")
+    taught = checkpoint.get("config", {}).get("instructions")
     for text in typed_lines() if config.interactive else [config.instruct or config.prompt]:
-        prompt = shown = text
-        if instructed:
-            prompt, shown = bpe_gpt.make_prompt({"instruction": text, "input": config.input}), ""
+        prompt = text
+        if config.instruct or (config.interactive and taught):
+            text = bpe_gpt.make_prompt({"instruction": text, "input": config.input})
+            prompt = ""  # only the response is shown
         try:
-            idx = torch.tensor([encode(prompt) or start], device=device)
-            write(model, tokenizer, idx, shown, config)
+            idx = torch.tensor([encode(text) or before], device=device)
+            print_texts(model, tokenizer, idx, prompt, config)
         except ValueError as error:  # a character that the model never saw
             if not config.interactive:
                 raise
