@@ -23,14 +23,11 @@ def child(command, cwd, environment, files):
         os.dup2(file.fileno(), number)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
-    sys.argv = [command[0], *command[2:]] if command[0] == "-c" else command
+    sys.argv = command
+    sys.path[0] = os.path.dirname(os.path.abspath(command[0]))
     status = 0
     try:
-        if command[0] == "-c":
-            exec(command[1], {"__name__": "__main__"})
-        else:
-            sys.path[0] = os.path.dirname(os.path.abspath(command[0]))
-            runpy.run_path(command[0], run_name="__main__")
+        runpy.run_path(command[0], run_name="__main__")
     except SystemExit as end:
         status = end.code or 0
         if isinstance(status, str):  # as Python does

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from conftest import PLAY, ROOT, one_line_error, run
 
 import bpe_gpt
-from bpe_gpt import END_OF_TEXT, GPT, GPTConfig, InstructionData, encode_record, make_prompt
-from bpe_gpt import read_records
+from bpe_gpt import END_OF_TEXT, GPT, GPTConfig, InstructionData, encode_record, make_batch
+from bpe_gpt import make_prompt, read_records
 
 SCRIPT = ROOT / "bpe_gpt.py"
 RECORDS = [
@@ -36,7 +36,12 @@ def model():
 
 def responses(tokenizer, y):
     """What the targets of a batch make the model learn, row by row."""
-    return [tokenizer.decode(row[row >= 0].tolist()) for row in y]
+    return [tokenizer.decode(row[row != -100].tolist()) for row in y]
+
+
+def write_records(path, records):
+    path.write_text(json.dumps(records))
+    return str(path)
 
 # ---- The prompt ---------------------------------------------------------------------------------
 
@@ -63,8 +68,8 @@ def test_braces_in_a_record_are_only_braces():
 
 def test_the_response_and_its_end_are_learned_and_nothing_else(tokenizer):
     for record in RECORDS:
-        x, y = encode_record(record, tokenizer).unbind(1)
-        n = (y >= 0).sum()
+        x, y = encode_record(record, tokenizer)
+        n = (y != -100).sum()
         assert tokenizer.decode(y[-n:].tolist()) == record["output"] + END_OF_TEXT
         assert (y[:-n] == -100).all() and y[-1] == tokenizer.eot_token
         whole = tokenizer.decode(x.tolist()) + END_OF_TEXT
@@ -73,14 +78,14 @@ def test_the_response_and_its_end_are_learned_and_nothing_else(tokenizer):
 
 def test_an_end_of_text_that_a_record_spells_out_is_only_text(tokenizer):
     record = {"instruction": f"What is {END_OF_TEXT}?", "input": "", "output": END_OF_TEXT}
-    x, y = encode_record(record, tokenizer).unbind(1)
+    x, y = encode_record(record, tokenizer)
     assert tokenizer.eot_token not in x and (y == tokenizer.eot_token).sum() == 1
 
 
 def test_the_loss_is_that_of_the_response_alone(tokenizer, model):
-    x, y = encode_record(RECORDS[0], tokenizer).T[:, None]  # each (1, T)
+    x, y = make_batch([encode_record(RECORDS[0], tokenizer)])  # each (1, T)
     logits, loss = model(x, y)
-    n = (y >= 0).sum()
+    n = (y != -100).sum()
     assert loss.item() == pytest.approx(F.cross_entropy(logits[0, -n:], y[0, -n:]).item())
     logits.retain_grad()
     F.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
@@ -90,15 +95,17 @@ def test_the_loss_is_that_of_the_response_alone(tokenizer, model):
 def test_padding_changes_nothing(tokenizer, model):
     """A record has the same loss among longer ones as alone, whatever token fills it up."""
     rows = [encode_record(record, tokenizer) for record in (RECORDS[0], RECORDS[-1], RECORDS[5])]
-    x, y = InstructionData(RECORDS[:1], tokenizer, GPTConfig()).pad(rows)
-    assert x.shape == y.shape == (3, max(map(len, rows))) and len({len(row) for row in rows}) > 1
+    x, y = make_batch(rows)
+    lengths = [len(row_x) for row_x, _ in rows]
+    assert x.shape == y.shape == (3, max(lengths)) and len(set(lengths)) > 1
     for filler in (None, 0, 299):
-        for i, row in enumerate(rows):
-            assert (y[i, len(row) :] == -100).all()
+        for i, n in enumerate(lengths):
+            assert (y[i, n:] == -100).all()
             if filler is not None:
-                x[i, len(row) :] = filler
+                x[i, n:] = filler
         for i, row in enumerate(rows):
-            alone, padded = model(*row.T[:, None])[1], model(x[i : i + 1], y[i : i + 1])[1]
+            _, alone = model(*make_batch([row]))
+            _, padded = model(x[i : i + 1], y[i : i + 1])
             assert padded.item() == pytest.approx(alone.item(), abs=1e-6)
 
 
@@ -107,31 +114,45 @@ def test_each_record_comes_once_an_epoch_and_in_another_order(tokenizer):
     data = InstructionData(RECORDS[:12], tokenizer, config)
     epochs = []
     for epoch in range(3):
-        batches = [data.batch(step) for step in range(4 * epoch, 4 * epoch + 4)]
+        batches = [data.training_batch(step) for step in range(4 * epoch, 4 * epoch + 4)]
         assert all(len(x) == len(y) == 3 for x, y in batches)
         epochs.append(sum((responses(tokenizer, y) for _, y in batches), []))
     wanted = sorted(record["output"] + END_OF_TEXT for record in RECORDS[:12])
     assert all(sorted(epoch) == wanted for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert torch.equal(data.batch(7)[0], data.batch(7)[0]), "the step alone decides"
+    x, _ = data.training_batch(7)
+    again, _ = InstructionData(RECORDS[:12], tokenizer, config).training_batch(7)
+    assert torch.equal(again, x), "the step alone decides"
 
 
-def test_an_epoch_may_end_within_a_step(tokenizer):
+def test_the_last_few_records_of_an_epoch_are_left_out_if_they_do_not_fill_a_batch(tokenizer):
     config = GPTConfig(block_size=256, total_batch_size=5 * 256)
     data = InstructionData(RECORDS[:12], tokenizer, config)
-    seen = sum((responses(tokenizer, data.batch(step)[1]) for step in range(12)), [])
-    assert all(len(set(seen[i : i + 12])) == 12 for i in range(0, 60, 12))
+    left_out = set()
+    for epoch in range(8):
+        seen = responses(tokenizer, data.training_batch(2 * epoch)[1])
+        seen += responses(tokenizer, data.training_batch(2 * epoch + 1)[1])
+        assert len(seen) == len(set(seen)) == 10
+        left_out |= {record["output"] + END_OF_TEXT for record in RECORDS[:12]} - set(seen)
+    assert len(left_out) > 6, "not the same ones each time"
+
+
+def test_records_that_do_not_fill_a_batch_are_a_batch_together(tokenizer):
+    data = InstructionData(RECORDS[:3], tokenizer, GPTConfig(block_size=256))
+    for step in range(3):
+        batch = responses(tokenizer, data.training_batch(step)[1])
+        assert sorted(batch) == sorted(record["output"] + END_OF_TEXT for record in RECORDS[:3])
 
 
 def test_evaluation_gives_every_token_of_the_responses_the_same_weight(tokenizer, model):
     total = n = 0
     for record in RECORDS:
-        x, y = encode_record(record, tokenizer).T[:, None]
-        total += F.cross_entropy(model(x)[0][0], y[0], reduction="sum").item()
-        n += (y >= 0).sum().item()
+        x, y = encode_record(record, tokenizer)
+        total += F.cross_entropy(model(x[None])[0][0], y, reduction="sum").item()
+        n += (y != -100).sum().item()
     for batch_size in (1, 5, 100):
         data = InstructionData(RECORDS, tokenizer, GPTConfig(batch_size=batch_size))
-        assert sum(len(x) for x, _ in data.windows()) == len(RECORDS)
+        assert sum(len(x) for x, _ in data.evaluation_batches()) == len(RECORDS)
         assert bpe_gpt.evaluate(model, data) == pytest.approx(total / n, abs=1e-5)
 
 
@@ -146,9 +167,9 @@ def test_a_step_in_parts_is_the_step_of_the_whole(tokenizer):
                            dropout=0.0, batch_size=batch_size, warmup_iters=0, grad_clip=1e9)
         torch.manual_seed(0)
         part = GPT(config)
-        x, y = InstructionData(records, tokenizer, config).pad(rows)
+        x, y = make_batch(rows)
         optimizer = types.SimpleNamespace(  # leaves the gradients as they are
-            param_groups=[{}], defaults={"lr": 1}, step=lambda: None, zero_grad=lambda: None)
+            param_groups=[{}], defaults={"lr": 1}, step=lambda: None)
         autocast = torch.autocast("cpu", enabled=False)
         loss = bpe_gpt.training_step(part, [optimizer], x, y, 0, 0.0, config, autocast)
         assert loss == pytest.approx(part(x, y)[1].item(), abs=1e-5)
@@ -165,22 +186,27 @@ def test_a_record_may_lack_an_input(tmp_path):
     assert read_records(tmp_path / "x.json") == RECORDS
 
 
-def test_records_of_no_use_are_skipped_and_counted(tmp_path, capsys):
-    useless = [{"instruction": "x"}, {"output": "x"}, {"instruction": "x", "output": None},
-               {"instruction": "", "input": "x", "output": "x"}, dict(RECORDS[0], output=" \n")]
+def test_records_without_an_instruction_or_an_output_are_skipped(tmp_path):
+    useless = [{"instruction": "x", "output": ""}, {"instruction": "x", "output": None},
+               {"instruction": "", "input": "x", "output": "x"}]
     (tmp_path / "x.json").write_text(json.dumps(RECORDS[:5] + useless + RECORDS[5:]))
     assert read_records(tmp_path / "x.json") == RECORDS
-    assert capsys.readouterr().out == "5 records have no instruction or no output: skipped\n"
+
+
+NEEDED = "x.json: each record needs an instruction and an output"
 
 
 @pytest.mark.parametrize("content, clue", [
-    (json.dumps(RECORDS[:9]), "at least 10 are needed"),
-    (json.dumps([*RECORDS[:9], {"instruction": "x"}]), "x.json has 9 "),
-    ("[]", "x.json has 0 "),
-    (json.dumps([*RECORDS, "text"]), "x.json must hold records with the fields instruction, input"),
-    (json.dumps([*RECORDS, None]), "x.json must hold records"),
-    (json.dumps([*RECORDS, [1, 2]]), "x.json must hold records"),
-    (json.dumps({"data": RECORDS}), "x.json must hold records"),
+    (json.dumps(RECORDS[:9]), "too few records"),
+    (json.dumps([*RECORDS[:9], {"instruction": "x", "output": ""}]), "too few records"),
+    ("[]", "too few records"),
+    (json.dumps([*RECORDS, {"instruction": "x"}]), NEEDED),
+    (json.dumps([*RECORDS, {"output": "x"}]), NEEDED),
+    (json.dumps([*RECORDS, "text"]), NEEDED),
+    (json.dumps([*RECORDS, None]), NEEDED),
+    (json.dumps([*RECORDS, [1, 2]]), NEEDED),
+    (json.dumps({"data": RECORDS}), NEEDED),
+    ("null", NEEDED),
     ("[1, 2", ""),
     ("", ""),
     (None, "x.json"),
@@ -193,28 +219,54 @@ def test_a_file_of_no_use_is_refused_in_one_line(tmp_path, content, clue):
     assert not (tmp_path / "out").exists()
 
 
-def test_records_that_do_not_fit_are_left_out_and_counted(tokenizer, capsys):
-    long_prompt = {"instruction": "Say more. " * 100, "input": "", "output": "more"}
-    long_response = {"instruction": "Say much.", "input": "", "output": "much " * 200}
-    config = GPTConfig(block_size=256)
-    data = InstructionData([long_prompt, *RECORDS, long_response], tokenizer, config)
-    assert capsys.readouterr().out.startswith("2 records do not fit into block_size")
-    assert responses(tokenizer, data.pad(data.rows)[1]) == [
-        record["output"] + END_OF_TEXT for record in RECORDS]
-    n = len(encode_record(RECORDS[0], tokenizer))
+LONG = [{"instruction": "Say more. " * 100, "input": "", "output": "more"},
+        {"instruction": "Say much.", "input": "", "output": "much " * 200}]
+
+
+def test_records_that_do_not_fit_are_left_out(tokenizer):
+    data = InstructionData([LONG[0], *RECORDS, LONG[1]], tokenizer, GPTConfig(block_size=256))
+    _, y = make_batch(data.rows)
+    assert responses(tokenizer, y) == [record["output"] + END_OF_TEXT for record in RECORDS]
+    n = len(encode_record(RECORDS[0], tokenizer)[0])
     for block_size, kept in ((n - 1, 0), (n, 1)):
         config = GPTConfig(block_size=block_size)
         assert len(InstructionData(RECORDS[:1], tokenizer, config).rows) == kept
 
 
+def test_records_that_fit_are_counted_and_some_must(tmp_path, tokenizer, capsys):
+    path = write_records(tmp_path / "x.json", RECORDS * 2 + LONG * 2)
+    config = GPTConfig(instructions=path, block_size=256)
+    train_data, val_data, _ = bpe_gpt.load_instructions(config, tokenizer)
+    n_train, n_val = len(train_data.rows), len(val_data.rows)
+    assert n_train + n_val == 26 and n_val > 0
+    assert capsys.readouterr().out == (f"{n_train} of 27 records to train on and {n_val} of 3 to "
+                                       "validate on fit into block_size\n")
+    config.block_size = 20
+    with pytest.raises(ValueError, match="too few records, or a block_size that is too short"):
+        bpe_gpt.load_instructions(config, tokenizer)
+    assert capsys.readouterr().out.startswith("0 of 27 records to train on and 0 of 3 to ")
+
+
 def test_a_tenth_is_held_back_and_with_eval_only_all_is(tmp_path, tokenizer):
-    (tmp_path / "x.json").write_text(json.dumps(RECORDS * 3))
-    for eval_only, sizes in ((False, (36, 3)), (True, (0, 39))):
-        config = GPTConfig(instructions=str(tmp_path / "x.json"), eval_only=eval_only)
-        *parts, same = bpe_gpt.load_instructions(config, tokenizer)
-        assert tuple(len(part.rows) for part in parts) == sizes and same is tokenizer
-        rows = sorted(row.tolist() for part in parts for row in part.rows)
-        assert rows == sorted(encode_record(r, tokenizer).tolist() for r in RECORDS * 3)
+    path = write_records(tmp_path / "x.json", RECORDS * 3)
+    for eval_only, sizes in ((False, [36, 3]), (True, [0, 39])):
+        config = GPTConfig(instructions=path, eval_only=eval_only)
+        train_data, val_data, same = bpe_gpt.load_instructions(config, tokenizer)
+        assert [len(train_data.rows), len(val_data.rows)] == sizes and same is tokenizer
+        inputs = sorted(x.tolist() for x, _ in train_data.rows + val_data.rows)
+        assert inputs == sorted(encode_record(r, tokenizer)[0].tolist() for r in RECORDS * 3)
+
+
+def test_a_vocabulary_is_learned_from_the_records_to_train_on(tmp_path):
+    records = [dict(RECORDS[0], output=10 * f"{letter}{letter}" + str(i))
+               for i, letter in enumerate("bcdfghjklm")]
+    config = GPTConfig(instructions=write_records(tmp_path / "x.json", records), vocab_size=999)
+    train_data, val_data, tokenizer = bpe_gpt.load_instructions(config, None)
+    tokens = {tokenizer.decode_single_token_bytes(i).decode("utf-8", "replace")
+              for i in range(256, tokenizer.n_vocab)}
+    (held_back,) = responses(tokenizer, val_data.rows[0][1][None])
+    learned = {letter for letter in "bcdfghjklm" if 4 * letter in tokens}
+    assert learned == set("bcdfghjklm") - {held_back[0]}
 
 # ---- The command line ---------------------------------------------------------------------------
 
@@ -231,7 +283,7 @@ def taught(tmp_path_factory):
 
 def test_a_run_prints_its_records_its_losses_and_a_response(taught):
     _, text = taught
-    assert "12 records to train on, 1 to validate on" in text
+    assert "12 of 12 records to train on and 1 of 1 to validate on fit into block_size\n" in text
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+) train", text)]
     assert len(losses) == 2 and losses[1] < losses[0] / 3
     assert text.count("    | ### Response:\n") == 2, "one validation record, two evaluations"
@@ -249,9 +301,14 @@ def test_a_response_that_was_learned_is_brought_back_by_sample_py(taught):
 
 def test_a_run_on_instructions_is_evaluated_on_all_records(taught):
     folder, _ = taught
-    text, _ = run(SCRIPT, "--eval_only", "--instructions", "records.json", cwd=folder)
-    assert "0 records to train on, 13 to validate on" in text
-    assert re.search(r"^loss (\S+) \(perplexity \S+, \S+ bits/byte\)$", text, re.MULTILINE)
+    flags = "--eval_only --init out/bpe_gpt.pt --instructions records.json"
+    text, _ = run(SCRIPT, *flags.split(), cwd=folder)
+    assert "0 of 0 records to train on and 13 of 13 to validate on fit into block_size\n" in text
+    line = r"^before training: val loss (\S+) \(perplexity \S+, \S+ bits/byte\); a uniform guess"
+    (loss,) = re.findall(line, text, re.MULTILINE)
+    model, tokenizer = bpe_gpt.load_pretrained(folder / "out" / "bpe_gpt.pt", {}, {})
+    data = InstructionData(read_records(folder / "records.json"), tokenizer, model.config)
+    assert float(loss) == pytest.approx(bpe_gpt.evaluate(model, data), rel=0.02)
 
 
 def test_a_run_on_instructions_is_resumed(taught):
@@ -260,15 +317,16 @@ def test_a_run_on_instructions_is_resumed(taught):
     flags = "--resume", "--max_iters", "83", "--out", "out/more.pt"
     (folder / "out" / "more.pt").write_bytes((folder / "out" / "bpe_gpt.pt").read_bytes())
     text, _ = run(SCRIPT, *flags, cwd=folder)
-    assert "12 records to train on, 1 to validate on" in text and "step 83: " in text
+    assert "12 of 12 records to train on" in text and "step 83: " in text
     after = torch.load(folder / "out" / "more.pt")
     assert after["history"][:-1] == before["history"] and after["vocab"] == before["vocab"]
     assert after["last"]["step"] == 83 and after["first_batch"] == before["first_batch"]
 
 
-def test_the_records_in_data_are_many_and_distinct(capsys):
-    records = read_records(ROOT / "data" / "instructions.json")
-    assert capsys.readouterr().out.startswith("0 records"), "none is skipped"
+def test_the_records_in_data_are_many_and_distinct():
+    path = ROOT / "data" / "instructions.json"
+    records = read_records(path)
+    assert records == json.loads(path.read_text(encoding="utf-8")), "all are complete"
     assert len(records) >= 300
     assert len({(r["instruction"], r["input"]) for r in records}) == len(records)
     assert 0.3 < sum(bool(r["input"]) for r in records) / len(records) < 0.7

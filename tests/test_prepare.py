@@ -103,9 +103,9 @@ def test_the_folder_is_what_bpe_gpt_reads(make, learned, capsys):
     assert capsys.readouterr().out == expected
     config = bpe_gpt.GPTConfig(data="corpus", block_size=16, batch_size=4)
     train_data, val_data, _ = bpe_gpt.load_tokens(config, learned)
-    seen = [token for _, y in val_data.windows() for token in y[y >= 0].tolist()]
+    seen = [token for _, y in val_data.evaluation_batches() for token in y[y != -100].tolist()]
     assert seen == val[1:]
-    x, _ = train_data.batch(0)
+    x, _ = train_data.training_batch(0)
     assert bytes(np.array(x[0].tolist(), "<u2")) in bytes(np.array(train, "<u2"))
 
 

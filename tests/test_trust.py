@@ -20,7 +20,7 @@ CHAR = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 8 --drop
 CHAR += "--max_iters 60 --eval_interval 5 --warmup_iters 4 --data play.txt"
 BPE = CHAR.replace("--batch_size 8", "--batch_size 3 --total_batch_size 128")
 SCRATCH = BPE + " --vocab_size 300"
-TUNING = BPE.replace("--n_layer 1 --n_head 2 --n_embd 16 ", "") + " --init model"
+TUNING = BPE.replace("--n_layer 1 --n_head 2 --n_embd 16 ", "") + " --init model.pt"
 
 
 @pytest.fixture
@@ -31,7 +31,9 @@ def folder(tmp_path):
     tokenizer = bpe_gpt.train_bpe(text, 300)
     torch.manual_seed(0)
     config = bpe_gpt.GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=300, block_size=32)
-    bpe_gpt.export(bpe_gpt.GPT(config), tokenizer, tmp_path / "model")
+    tokens = [tokenizer.decode_single_token_bytes(i) for i in range(300)]
+    checkpoint = dict(script="bpe_gpt", config=vars(config), vocab=tokens)
+    torch.save(checkpoint | {"model": bpe_gpt.GPT(config).state_dict()}, tmp_path / "model.pt")
     return tmp_path
 
 
@@ -64,14 +66,14 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(folder, script):
     flags = {"bigram": "--block_size 32 --data play.txt", "char_gpt": CHAR, "bpe_gpt": SCRATCH}
     command = [f"{script}.py", *flags[script].split(), "--out", "x.pt", "--max_iters", "5"]
     (folder / "x.pt").write_bytes(b"what was there before")
-    code = f"""
+    (folder / "limited.py").write_text(f"""
 import resource, runpy, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # no file may become larger
 sys.argv = {command}
 runpy.run_path({str(ROOT / command[0])!r}, run_name="__main__")
-"""
-    _, error = run("-c", code, cwd=folder, status=1)
+""")
+    _, error = run("limited.py", cwd=folder, status=1)
     assert re.fullmatch(r"error: .*(disk full|too large).*\n", error)
     assert (folder / "x.pt").read_bytes() == b"what was there before"
     assert not list(folder.glob("x.pt.*")), "nothing half written is left"

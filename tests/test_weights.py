@@ -1,7 +1,9 @@
-"""bpe_gpt.py: reading and writing weights, and fetching them. What is damaged is never used."""
+"""bpe_gpt.py: reading weights, and downloading them; data/export.py: writing them. What is damaged
+is never used."""
 
 import hashlib
 import http.server
+import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +16,12 @@ import torch
 from conftest import PLAY, ROOT, needs_gpt2_tokenizer, one_line_error, run
 
 import bpe_gpt
-from bpe_gpt import GPT, GPTConfig, export, find_tokenizer, find_weights, pack_vocab
+from bpe_gpt import GPT, GPTConfig, find_tokenizer, find_weights
+
+EXPORT = ROOT / "data" / "export.py"
+spec = importlib.util.spec_from_file_location("hf_export", EXPORT)
+hf_export = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hf_export)
 
 FIXTURES = ROOT / "tests" / "fixtures"
 TIED = FIXTURES / "tied"
@@ -31,9 +38,23 @@ def folder(tmp_path):
     return shutil.copytree(TIED, tmp_path / "model")
 
 
+@pytest.fixture
+def checkpoint(tmp_path, tokenizer):
+    """The path of a checkpoint as bpe_gpt.py saves it, and the model in it."""
+    model = GPT(GPTConfig(**SMALL))
+    torch.save(dict(script="bpe_gpt", config=SMALL, model=model.state_dict(),
+                    vocab=vocabulary(tokenizer)), tmp_path / "x.pt")
+    return tmp_path / "x.pt", model
+
+
 def logits(model, idx=torch.arange(16)[None]):
     with torch.no_grad():
         return model.eval()(idx)[0]
+
+
+def vocabulary(tokenizer):
+    """All tokens, as bytes, in the order of their numbers."""
+    return [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
 
 
 def parse(path):
@@ -56,9 +77,10 @@ def write(path, header, body=b""):
 # ---- The round trip -----------------------------------------------------------------------------
 
 def test_an_exported_model_comes_back_the_same_with_its_tokenizer(tmp_path, tokenizer):
-    export(model := GPT(GPTConfig(**SMALL)), tokenizer, tmp_path)
+    model = GPT(GPTConfig(**SMALL))
+    hf_export.export(model, tokenizer, tmp_path)
     again, same = bpe_gpt.load_pretrained(tmp_path, {}, {})
-    assert torch.equal(logits(again), logits(model)) and pack_vocab(same) == pack_vocab(tokenizer)
+    assert torch.equal(logits(again), logits(model)) and vocabulary(same) == vocabulary(tokenizer)
     text = "What news, my lord? None, none at all; the harbour's glass — 12 times!\n\n  "
     assert same.encode_ordinary(text) == tokenizer.encode_ordinary(text)
     names = {"model.safetensors", "config.json", "vocab.json", "merges.txt"}
@@ -66,7 +88,7 @@ def test_an_exported_model_comes_back_the_same_with_its_tokenizer(tmp_path, toke
 
 
 def test_an_exported_file_is_what_transformers_writes(tmp_path, tokenizer):
-    export(GPT.from_pretrained(TIED), tokenizer, tmp_path)
+    hf_export.export(GPT.from_pretrained(TIED), tokenizer, tmp_path)
     ours, start = parse(tmp_path / "model.safetensors")
     theirs, _ = parse(TIED / "model.safetensors")
     assert ours == theirs and start % 8 == 0
@@ -77,13 +99,44 @@ def test_an_exported_file_is_what_transformers_writes(tmp_path, tokenizer):
     assert all(config[name] == 299 for name in ids)
 
 
-def test_a_checkpoint_is_exported_by_the_command_line(tmp_path, tokenizer):
-    model = GPT(GPTConfig(**SMALL))
-    torch.save(dict(script="bpe_gpt", config=SMALL, model=model.state_dict(),
-                    vocab=pack_vocab(tokenizer)), tmp_path / "x.pt")
-    run(ROOT / "bpe_gpt.py", "--init", "x.pt", "--export", "exported", cwd=tmp_path)
-    again, same = bpe_gpt.load_pretrained(tmp_path / "exported", {}, {})
-    assert torch.equal(logits(again), logits(model)) and pack_vocab(same) == pack_vocab(tokenizer)
+def test_a_checkpoint_is_exported_by_the_command_line(checkpoint, tokenizer):
+    path, model = checkpoint
+    output, error = run(EXPORT, "x.pt", "a/folder", cwd=path.parent)
+    assert output == "saved a/folder\n" and error == ""
+    for name in (path, path.parent / "a" / "folder"):
+        again, same = bpe_gpt.load_pretrained(name, {}, {})
+        assert torch.equal(logits(again), logits(model))
+        assert vocabulary(same) == vocabulary(tokenizer)
+
+
+def test_a_folder_that_is_not_empty_is_left_as_it_is(folder, tokenizer, checkpoint):
+    """An older vocabulary in it might be taken for the exported model's."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="model is not empty: name a new folder"):
+        hf_export.export(GPT(GPTConfig(**SMALL)), tokenizer, folder)
+    assert "not empty" in one_line_error(EXPORT, checkpoint[0], folder, cwd=folder.parent)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("names, clue", [
+    ("nothing.pt new", "cannot load nothing.pt"),
+    ("half.pt new", "cannot load half.pt"),
+    ("x.pt half.pt", "half.pt"),  # a file, not a folder
+])
+def test_what_cannot_be_exported_gets_one_line(checkpoint, names, clue):
+    path, _ = checkpoint
+    data = path.read_bytes()
+    (path.parent / "half.pt").write_bytes(data[: len(data) // 2])
+    assert clue in one_line_error(EXPORT, *names.split(), cwd=path.parent)
+    assert not (path.parent / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["a folder", "a checkpoint"])
+def test_a_trained_model_is_ready_to_be_used_without_dropout(name, checkpoint):
+    model = GPT.from_pretrained(checkpoint[0] if name == "a checkpoint" else TIED, dropout=0.5)
+    assert not any(module.training for module in model.modules())
+    idx = torch.arange(16)[None]
+    assert torch.equal(model(idx)[0], model(idx)[0])
 
 
 @pytest.mark.parametrize("name", ["tied", "half", "bfloat16", "published"])
@@ -121,7 +174,7 @@ def test_a_shorter_context_keeps_the_first_positions():
     whole, short = GPT.from_pretrained(TIED), GPT.from_pretrained(TIED, block_size=20)
     idx = torch.arange(20)[None]
     assert torch.equal(logits(whole, idx), logits(short, idx))
-    assert short.block_size == short.config.block_size == len(short.transformer.wpe.weight) == 20
+    assert short.context_size == short.config.block_size == len(short.transformer.wpe.weight) == 20
 
 
 def test_a_size_that_the_model_does_not_have_is_refused():
@@ -134,7 +187,8 @@ def test_a_size_that_the_model_does_not_have_is_refused():
 
 def test_transformers_opens_an_exported_folder_and_says_the_same(tmp_path, tokenizer):
     transformers = pytest.importorskip("transformers")
-    export(model := GPT.from_pretrained(FIXTURES / "published"), tokenizer, tmp_path)
+    model = GPT.from_pretrained(FIXTURES / "published")
+    hf_export.export(model, tokenizer, tmp_path)
     theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     with torch.no_grad():
@@ -145,26 +199,26 @@ def test_transformers_opens_an_exported_folder_and_says_the_same(tmp_path, token
         assert their_tokenizer.encode(text) == tokenizer.encode_ordinary(text)
         assert their_tokenizer.eos_token_id == tokenizer.eot_token
     their_tokenizer.save_pretrained(tmp_path / "theirs")
-    assert pack_vocab(bpe_gpt.read_tokenizer(tmp_path / "theirs")) == pack_vocab(tokenizer)
+    assert vocabulary(bpe_gpt.read_tokenizer(tmp_path / "theirs")) == vocabulary(tokenizer)
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
 
 def test_a_tokenizer_is_read_from_tokenizer_json_alone(tmp_path, tokenizer):
     """As transformers 5 writes it."""
-    vocab = {word: i for i, word in enumerate(pack_vocab(tokenizer))}
+    vocab = {word: i for i, word in enumerate(hf_export.words_of(tokenizer))}
     end = {"id": vocab.pop("<|endoftext|>"), "content": "<|endoftext|>", "special": True}
     content = {"version": "1.0", "added_tokens": [end], "model": {
         "type": "BPE", "vocab": dict(sorted(vocab.items())), "merges": [["Ġ", "t"]]}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     again = bpe_gpt.read_tokenizer(tmp_path)
-    assert pack_vocab(again) == pack_vocab(tokenizer) and again.eot_token == 299
+    assert vocabulary(again) == vocabulary(tokenizer) and again.eot_token == 299
 
 
 def test_the_merges_that_are_written_make_every_token_in_the_order_of_learning(tmp_path, tokenizer):
     assert bpe_gpt.read_tokenizer(tmp_path) is None
-    bpe_gpt.write_tokenizer(tokenizer, tmp_path)
-    words = pack_vocab(tokenizer)
-    assert pack_vocab(bpe_gpt.read_tokenizer(tmp_path)) == words
+    hf_export.write_tokenizer(tokenizer, tmp_path)
+    assert vocabulary(bpe_gpt.read_tokenizer(tmp_path)) == vocabulary(tokenizer)
+    words = hf_export.words_of(tokenizer)
     first, *lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()
     assert first == "#version: 0.2" and [x.replace(" ", "") for x in lines] == words[256:-1]
     for i, line in enumerate(lines, start=256):
@@ -173,20 +227,20 @@ def test_the_merges_that_are_written_make_every_token_in_the_order_of_learning(t
 
 def test_a_tokenizer_of_another_size_than_the_model_is_refused(folder, tokenizer):
     assert find_tokenizer(model := GPT.from_pretrained(folder), tokenizer) is tokenizer
-    with pytest.raises(ValueError, match="300 tokens, its tokenizer 261"):
+    with pytest.raises(ValueError, match="300 tokens, but its tokenizer has 261"):
         find_tokenizer(model, bpe_gpt.train_bpe("low lower lowest", 300))
 
 
 @needs_gpt2_tokenizer
 def test_gpt2s_own_vocabulary_is_written_as_openai_published_it(tmp_path):
     gpt2 = bpe_gpt.gpt2_tokenizer()
-    bpe_gpt.write_tokenizer(gpt2, tmp_path)
+    hf_export.write_tokenizer(gpt2, tmp_path)
     url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken has it now
     merges, vocab = (tiktoken.load.read_file_cached(url + name)
                      for name in ("vocab.bpe", "encoder.json"))
     assert (tmp_path / "merges.txt").read_bytes() == merges
     assert json.loads((tmp_path / "vocab.json").read_bytes()) == json.loads(vocab)
-    assert pack_vocab(bpe_gpt.read_tokenizer(tmp_path)) == pack_vocab(gpt2)
+    assert vocabulary(bpe_gpt.read_tokenizer(tmp_path)) == vocabulary(gpt2)
 
 # ---- Damaged files ------------------------------------------------------------------------------
 
@@ -258,7 +312,7 @@ def test_a_damaged_model_is_refused_in_one_readable_line(folder, fault):
 def test_the_command_line_says_what_is_not_supported(folder):
     FAULTS["another epsilon"](folder)
     error = one_line_error(ROOT / "bpe_gpt.py", "--init", folder, cwd=folder)
-    assert "layer_norm_epsilon is 1e-06; in GPT-2 it is 1e-05" in error
+    assert "layer_norm_epsilon is 1e-06; only 1e-05 is supported" in error
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
@@ -276,8 +330,9 @@ def test_nothing_that_is_loaded_runs_as_code(folder, name):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A server on loopback in place of Hugging Face's, with a tiny model as gpt2, and an empty
-    data folder. .answer is what it does wrong, .asked are the paths of the requests so far."""
+    """A server on loopback in place of Hugging Face's, with a tiny model as gpt2 and gpt2-large,
+    and an empty data folder. .answer is what it does wrong, .asked are the paths of the requests so
+    far. As for the real models, the SHA-256 of gpt2 is known, that of gpt2-large is not."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             server.asked.append(self.path)
@@ -293,7 +348,7 @@ def hub(tmp_path, monkeypatch):
 
     sizes = dict(n_layer=1, n_head=2, n_embd=2)  # besides, GPT-2's vocabulary, but 8 positions
     model = GPT(GPTConfig(**sizes, block_size=8))
-    export(model, bpe_gpt.train_bpe("", 257), tmp_path / "server")
+    hf_export.export(model, bpe_gpt.train_bpe("", 257), tmp_path / "server")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.asked, server.answer, server.model = [], "right", model
         server.weights = (tmp_path / "server" / "model.safetensors").read_bytes()
@@ -301,30 +356,42 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setenv("no_proxy", "*")
         monkeypatch.setattr(bpe_gpt, "HUB", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setattr(bpe_gpt, "DATA", tmp_path / "data")
-        monkeypatch.setitem(bpe_gpt.SIZES, "gpt2", sizes)
         sha256 = hashlib.sha256(server.weights).hexdigest()
-        monkeypatch.setitem(bpe_gpt.PUBLISHED, "gpt2", ("v1", sha256))
+        for name, known in ("gpt2", sha256), ("gpt2-large", None):
+            monkeypatch.setitem(bpe_gpt.SIZES, name, sizes)
+            monkeypatch.setitem(bpe_gpt.PUBLISHED, name, ("v1", known))
         yield server
         server.shutdown()
 
 
-def test_published_weights_are_fetched_once_and_whole(hub, tmp_path):
-    path = find_weights("gpt2")
-    assert path == tmp_path / "data" / "gpt2" / "model.safetensors"
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-large"])
+def test_published_weights_are_downloaded_once_and_whole(hub, tmp_path, name):
+    path = find_weights(name)
+    assert path == tmp_path / "data" / name / "model.safetensors"
     assert path.read_bytes() == hub.weights and len(list(path.parent.iterdir())) == 1
-    assert find_weights("gpt2") == path and hub.asked == ["/gpt2/resolve/v1/model.safetensors"]
-    model, tokenizer = bpe_gpt.load_pretrained("gpt2", {}, {})
+    assert find_weights(name) == path and hub.asked == [f"/{name}/resolve/v1/model.safetensors"]
+    model, tokenizer = bpe_gpt.load_pretrained(name, {}, {})
     idx = torch.tensor([[0, 1, 50256]])
     assert torch.equal(logits(model, idx), logits(hub.model, idx)) and tokenizer is None
 
 
-@pytest.mark.parametrize("answer", ["wrong digest", "truncated", "not found", "reset"])
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-large"])
+@pytest.mark.parametrize("name, answer", [
+    ("gpt2", "wrong digest"), ("gpt2", "truncated"), ("gpt2", "not found"), ("gpt2", "reset"),
+    ("gpt2-large", "not found"), ("gpt2-large", "reset"),
+])
 def test_a_failed_download_leaves_one_line_and_no_file(hub, tmp_path, monkeypatch, name, answer):
     hub.answer = answer
     if answer == "wrong digest":
         monkeypatch.setitem(bpe_gpt.PUBLISHED, name, ("v1", "0" * 64))
-    with pytest.raises(OSError, match=f"^cannot fetch {name} from http") as failed:
+    with pytest.raises(OSError, match=f"^cannot download http.*/{name}/resolve/v1/") as failed:
         find_weights(name)
     assert len(str(failed.value).splitlines()) == 1 and len(hub.asked) == 1
     assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+
+
+def test_a_part_of_a_file_whose_digest_is_not_known_is_refused_when_it_is_loaded(hub):
+    hub.answer = "truncated"
+    for _ in range(2):
+        with pytest.raises(ValueError, match="^cannot load .*gpt2-large") as refused:
+            GPT.from_pretrained("gpt2-large")
+        assert len(str(refused.value).splitlines()) == 1

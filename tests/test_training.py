@@ -1,0 +1,432 @@
+"""What must be true of training, in whichever script: batches, optimizers, the schedule, the best
+weights, stopping and resuming. Each test runs with every script that the claim is about."""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import PLAY, ROOT, one_line_error, run
+
+import bigram
+import bpe_gpt
+import char_gpt
+
+GPTS = [char_gpt, bpe_gpt]
+for_each_gpt = pytest.mark.parametrize("script", GPTS, ids=lambda script: script.__name__)
+for_each_script = pytest.mark.parametrize(
+    "script", [bigram, *GPTS], ids=lambda script: script.__name__)
+
+# ---- Batches ------------------------------------------------------------------------------------
+
+B = 4
+T = 16
+
+
+def get_batch(script, tokens, step, seed=5):
+    """Inputs and targets of a step: B stretches of T tokens."""
+    if script is bpe_gpt:
+        config = bpe_gpt.GPTConfig(block_size=T, total_batch_size=B * T, seed=seed)
+        return bpe_gpt.TextData(np.asarray(tokens), config).training_batch(step)
+    Config = bigram.BigramConfig if script is bigram else char_gpt.GPTConfig
+    config = Config(block_size=T, batch_size=B, seed=seed)
+    return script.get_batch(torch.as_tensor(tokens), config, step)
+
+
+TEXT = torch.arange(1000)
+STEPS = (999 // T - 1) // B  # in an epoch
+
+
+@for_each_script
+def test_targets_are_the_inputs_one_token_later(script):
+    x, y = get_batch(script, TEXT, 0)
+    assert x.shape == y.shape == (B, T)
+    assert torch.equal(y, x + 1)
+
+
+@for_each_script
+def test_a_batch_depends_on_seed_and_step_alone(script):
+    x, _ = get_batch(script, TEXT, 3)
+    torch.manual_seed(99)  # whatever else uses random numbers
+    np.random.seed(99)
+    assert torch.equal(x, get_batch(script, TEXT, 3)[0])
+    assert not torch.equal(x, get_batch(script, TEXT, 4)[0])
+    assert not torch.equal(x, get_batch(script, TEXT, 3, seed=6)[0])
+
+
+@for_each_script
+def test_each_token_comes_once_in_an_epoch(script):
+    """At most once, and all but those that do not fill a batch, or a stretch, do come."""
+    for epoch in range(3):
+        steps = range(epoch * STEPS, (epoch + 1) * STEPS)
+        tokens = torch.cat([get_batch(script, TEXT, step)[0].flatten() for step in steps])
+        assert len(tokens.unique()) == len(tokens) == STEPS * B * T
+        assert len(TEXT) - len(tokens) < (B + 2) * T
+
+
+@for_each_script
+def test_every_epoch_cuts_the_text_in_other_places_and_another_order(script):
+    epochs = []
+    for epoch in range(3):
+        steps = range(epoch * STEPS, (epoch + 1) * STEPS)
+        epochs.append(torch.cat([get_batch(script, TEXT, step)[0][:, 0] for step in steps]))
+    cuts = [epoch[0].item() % T for epoch in epochs]
+    assert all(torch.all(epoch % T == cut) for epoch, cut in zip(epochs, cuts))
+    assert len(set(cuts)) > 1, "an offset that changes"
+    orders = [(epoch - cut).tolist() for epoch, cut in zip(epochs, cuts)]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert orders[0] != sorted(orders[0])
+
+
+@for_each_script
+@pytest.mark.parametrize("length", [200, 201, 207, 216])
+def test_no_part_of_the_text_is_left_out(script, length):
+    seen = set()
+    for step in range(400):
+        for part in get_batch(script, torch.arange(length), step):
+            seen.update(part.flatten().tolist())
+    assert seen == set(range(length))
+
+
+@pytest.mark.parametrize("length", [2, 3, 16, 17, 18, 40])
+def test_a_text_shorter_than_the_context_is_used_as_it_is(length):
+    for step in range(20):
+        x, y = get_batch(bpe_gpt, torch.arange(length), step)
+        assert torch.equal(y, x + 1) and x.shape[1] == min(T, length - 1)
+
+# ---- Steps --------------------------------------------------------------------------------------
+
+SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, dropout=0.0, vocab_size=65)
+
+
+def build(script, **settings):
+    torch.manual_seed(0)
+    return script.GPT(script.GPTConfig(**SMALL | settings))
+
+
+def take_step(script, model, config, step=0, progress=0.0, optimizers=None, length=16):
+    """One training step on a batch that is always the same; returns the loss."""
+    torch.manual_seed(0)
+    x = torch.randint(65, (4, length))
+    optimizers = optimizers or script.make_optimizers(model, config)
+    autocast = torch.autocast("cpu", enabled=False)
+    return script.training_step(
+        model, optimizers, x, x.roll(-1, 1), step, progress, config, autocast)
+
+
+@for_each_gpt
+def test_muon_gets_the_matrices_of_the_blocks_and_adam_the_rest(script):
+    model = build(script)
+    muon, adam = script.make_optimizers(model, script.GPTConfig())
+    names = {id(p): name for name, p in model.named_parameters()}
+    for_muon, for_adam = (
+        {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in (muon, adam)
+    )
+    assert for_muon | for_adam == set(names.values()) and not for_muon & for_adam
+    assert len(for_muon) == 2 * 4
+    assert all(re.search(r"c_(attn|proj|fc)\.weight$", name) for name in for_muon)
+    assert all(group["weight_decay"] > 0 for group in muon.param_groups)
+    assert all(group["weight_decay"] == 0 for group in adam.param_groups)
+
+
+def test_without_muon_adamw_gets_all_and_decays_the_matrices_of_the_blocks():
+    model = build(bpe_gpt)
+    (adamw,) = bpe_gpt.make_optimizers(model, bpe_gpt.GPTConfig(muon_learning_rate=0))
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in adamw.param_groups:
+        in_blocks = {".h." in names[id(p)] and p.dim() == 2 for p in group["params"]}
+        assert in_blocks == {group["weight_decay"] > 0}
+    assert sum(len(group["params"]) for group in adamw.param_groups) == len(names)
+
+
+@for_each_gpt
+def test_a_gradient_that_is_too_long_is_shortened(script):
+    model = build(script)
+    take_step(script, model, script.GPTConfig(grad_clip=0.01))
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
+@for_each_gpt
+def test_no_step_is_made_with_a_gradient_that_is_not_finite(script):
+    model = build(script)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = math.inf
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="step 8: try lower learning rates"):
+        take_step(script, model, script.GPTConfig(), step=7)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+@for_each_gpt
+def test_dropout_drops_other_activations_in_every_step(script):
+    """And the same ones where the seed and the step are the same."""
+    config = script.GPTConfig()
+    losses = [take_step(script, build(script, dropout=0.5), config, s) for s in (1, 1, 2, 3)]
+    assert losses[0] == losses[1] and len(set(losses)) == 3
+
+
+@for_each_gpt
+def test_a_step_starts_from_gradients_of_zero(script):
+    """Two steps on the same batch do not add up: with a rate of 0, the gradient stays the same."""
+    model = build(script)
+    config = script.GPTConfig(learning_rate=0.0, muon_learning_rate=1e-30, grad_clip=1e9)
+    take_step(script, model, config)
+    before = model.transformer.ln_f.bias.grad.clone()
+    take_step(script, model, config)
+    assert torch.allclose(before, model.transformer.ln_f.bias.grad, rtol=1e-4)
+
+
+@for_each_gpt
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_can_be_compiled_whole_for_any_length(script, dtype):
+    """Without a place where the compiler gives up, and with the same losses as not compiled."""
+    torch._dynamo.reset()
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    compiled = torch.compile(build(script).train(), backend="aot_eager", fullgraph=True)
+    plain = build(script).train()
+    for length in (16, 12, 9):
+        x = torch.randint(65, (4, length))
+        with autocast:
+            _, loss = compiled(x, x)
+            _, expected = plain(x, x)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected.item(), abs=0.02 if autocast._enabled else 1e-5)
+
+# ---- Runs of the real command -------------------------------------------------------------------
+
+SIZE = "--n_layer 2 --n_head 2 --n_embd 16 --block_size 16 --dropout 0.2"
+RUN = SIZE + " --max_iters 12 --eval_interval 4 --warmup_iters 2 --learning_rate 0.01"
+FLAGS = {
+    char_gpt: RUN + " --batch_size 4",
+    bpe_gpt: RUN + " --vocab_size 300 --batch_size 3 --total_batch_size 128",
+}
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """train(script, out, flags): what `python SCRIPT FLAGS` does, in this process, on a short text.
+    Returns the checkpoint, or None if there is none."""
+    text = PLAY.read_text(encoding="utf-8")[:6000]
+    (tmp_path / "play.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "other.txt").write_text(text[::-1], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+
+    def train(script, out, flags):
+        if "--data" not in flags:
+            flags += " --data play.txt"
+        argv = [f"{script.__name__}.py", "--device", "cpu", "--out", out, *flags.split()]
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            script.main()
+        except KeyboardInterrupt:
+            pass
+        path = tmp_path / out
+        return script.load_checkpoint(path, script.__name__) if path.exists() else None
+
+    return train
+
+
+def same(a, b):
+    """Whether two parts of checkpoints are the same, to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def without_seconds(checkpoint):
+    checkpoint["last"]["seconds"] = 0
+    return {part: checkpoint[part] for part in ("history", "model", "last", "vocab")}
+
+
+def stop_at(script, monkeypatch, step):
+    """Ctrl-C, at the beginning of this training step."""
+    training_step = script.training_step
+
+    def stop(*args):
+        if args[4] == step:
+            raise KeyboardInterrupt
+        return training_step(*args)
+
+    monkeypatch.setattr(script, "training_step", stop)
+
+
+@for_each_gpt
+def test_the_same_seed_trains_the_same_model(script, train):
+    a = without_seconds(train(script, "a.pt", FLAGS[script]))
+    torch.manual_seed(99)
+    b = without_seconds(train(script, "b.pt", FLAGS[script]))
+    c = without_seconds(train(script, "c.pt", FLAGS[script] + " --seed 7"))
+    assert same(a, b) and not same(a, c)
+
+
+@for_each_gpt
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(script, train, monkeypatch):
+    whole = without_seconds(train(script, "whole.pt", FLAGS[script]))
+    with monkeypatch.context() as patch:
+        stop_at(script, patch, 6)
+        stopped = train(script, "part.pt", FLAGS[script])
+    assert stopped["last"]["step"] == 4, "the last evaluation"
+    assert len(stopped["history"]) == 1
+    resumed = without_seconds(train(script, "part.pt", "--resume"))
+    assert same(resumed, whole)
+
+
+@for_each_gpt
+def test_a_run_that_is_stopped_before_its_first_evaluation_changes_no_file(
+    script, train, monkeypatch, tmp_path
+):
+    train(script, "old.pt", FLAGS[script])
+    before = (tmp_path / "old.pt").read_bytes()
+    stop_at(script, monkeypatch, 3)
+    train(script, "old.pt", FLAGS[script])
+    assert (tmp_path / "old.pt").read_bytes() == before
+    assert train(script, "new.pt", FLAGS[script]) is None
+    assert train(script, "new.pt", FLAGS[script] + " --resume") is None
+
+
+@for_each_gpt
+def test_the_weights_kept_for_sampling_are_the_best(script, train, monkeypatch):
+    """A ninth step that goes wild spoils a run that began well."""
+    training_step = script.training_step
+    losses = []
+
+    def step_then_leap(model, *rest):
+        loss = training_step(model, *rest)
+        if rest[3] == 8:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p += torch.randn_like(p)
+        return loss
+
+    def evaluate(model, *rest):
+        losses.append((true_evaluate(model, *rest), model.lm_head.weight.clone()))
+        return losses[-1][0]
+
+    true_evaluate = script.evaluate
+    monkeypatch.setattr(script, "training_step", step_then_leap)
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    checkpoint = train(script, "x.pt", FLAGS[script] + " --dtype float32")
+    _, first, second, third = losses  # before training, and at steps 4, 8 and 12
+    assert second[0] < first[0] and second[0] < third[0]
+    assert [entry[2] for entry in checkpoint["history"]] == [first[0], second[0], third[0]]
+    assert torch.equal(checkpoint["model"]["lm_head.weight"], second[1])
+    assert torch.equal(checkpoint["last"]["model"]["lm_head.weight"], third[1])
+
+
+@for_each_gpt
+def test_the_learning_rate_rises_soon_and_falls_to_zero_along_half_a_cosine(
+    script, train, monkeypatch
+):
+    """The rates that the optimizers have in each step of a run."""
+    training_step = script.training_step
+    rates = []
+
+    def record(model, optimizers, *rest):
+        loss = training_step(model, optimizers, *rest)
+        rates.append([group["lr"] for o in optimizers for group in o.param_groups])
+        return loss
+
+    monkeypatch.setattr(script, "training_step", record)
+    flags = " --max_iters 40 --eval_interval 40 --warmup_iters 9 --muon_learning_rate 0.02"
+    train(script, "x.pt", FLAGS[script] + flags)
+    assert len(rates) == 40
+    for step, (muon, adam) in enumerate(rates):
+        share = min((step + 1) / 10, 0.5 + 0.5 * math.cos(math.pi * step / 40))
+        assert muon == pytest.approx(0.02 * share) and adam == pytest.approx(0.01 * share)
+
+
+@for_each_gpt
+def test_a_flag_given_on_resuming_counts(script, train, tmp_path):
+    """Even if the optimizers keep its value in their state."""
+    train(script, "a.pt", FLAGS[script] + " --max_iters 4")
+    (tmp_path / "b.pt").write_bytes((tmp_path / "a.pt").read_bytes())
+    kept = train(script, "a.pt", "--resume --max_iters 8")
+    changed = train(script, "b.pt", "--resume --max_iters 8 --weight_decay 30")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    norms = [c["last"]["model"][name].norm() for c in (kept, changed)]
+    assert norms[1] < 0.9 * norms[0]
+
+
+@for_each_gpt
+@pytest.mark.parametrize("change", [
+    "--data other.txt", "--block_size 8", "--n_head 4", "--n_layer 1", "--n_embd 32"])
+def test_another_text_or_size_is_refused_on_resuming(script, train, tmp_path, change):
+    train(script, "x.pt", FLAGS[script] + " --max_iters 4")
+    before = (tmp_path / "x.pt").read_bytes()
+    with pytest.raises(ValueError):
+        train(script, "x.pt", f"--resume --max_iters 8 {change}")
+    assert (tmp_path / "x.pt").read_bytes() == before
+
+
+@for_each_gpt
+def test_300_steps_reach_the_loss_that_they_are_known_to_reach(script, train):
+    """A change that makes training worse does not go unnoticed, even if nothing else fails."""
+    flags = "--n_layer 2 --n_head 2 --n_embd 64 --block_size 32 --dropout 0 --max_iters 300 "
+    flags += "--eval_interval 300 --dtype float32 --data " + str(PLAY)
+    own = {char_gpt: " --batch_size 16", bpe_gpt: " --vocab_size 300 --total_batch_size 512"}
+    checkpoint = train(script, "x.pt", flags + own[script])
+    known = {char_gpt: 1.865, bpe_gpt: 2.801}
+    assert checkpoint["history"][0][2] == pytest.approx(known[script], abs=0.03)
+
+
+def test_minutes_drive_the_schedule_by_the_clock(train, monkeypatch):
+    """A clock that moves by a second a look: the run ends after the minutes, not by its steps."""
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(char_gpt.time, "perf_counter", lambda: float(next(seconds)))
+    training_step = char_gpt.training_step
+    fractions = []
+
+    def record(*args):
+        fractions.append(args[5])
+        return training_step(*args)
+
+    monkeypatch.setattr(char_gpt, "training_step", record)
+    flags = FLAGS[char_gpt] + " --minutes 1 --max_iters 3 --eval_interval 1000"
+    checkpoint = train(char_gpt, "x.pt", flags)
+    assert len(fractions) > 20 and fractions == sorted(fractions)
+    assert fractions[0] < 0.1 and 0.9 < fractions[-1] < 1
+    assert checkpoint["history"][-1][0] == len(fractions)
+
+
+@for_each_gpt
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no SIGINT to send")
+def test_ctrl_c_ends_a_run_with_one_line(script, tmp_path):
+    flags = FLAGS[script].replace("--max_iters 12", "--max_iters 100000").split()
+    process = subprocess.Popen(
+        [sys.executable, f"{ROOT}/{script.__name__}.py", *flags, "--data", PLAY, "--out", "x.pt"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    for line in process.stdout:
+        if line.startswith("step 8:"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert re.fullmatch(r"stopped; --resume continues from the last evaluation.*\n", error)
+    assert script.load_checkpoint(tmp_path / "x.pt", script.__name__)["last"]["step"] >= 8
+
+
+def test_resume_trains_for_longer_and_names_what_does_not_match(clone):
+    few = "--data data/the-glass-harbour.txt --n_layer 1 --n_head 1 --n_embd 16 --block_size 16 "
+    few += "--max_iters 4 --eval_interval 2 --out r.pt"
+    output, _ = run("char_gpt.py", "--resume", *few.split(), cwd=clone)
+    assert "before training" in output, "there is nothing to resume yet: a new run"
+    resume = ("--resume", "--out", "r.pt")
+    (clone / "other.txt").write_text("".join(sorted(PLAY.read_text(encoding="utf-8"))))
+    for flags, names in (("--n_layer 2", "n_layer"), ("--n_head 2 --n_embd 32", "n_head and n_embd"),
+                         ("--data other.txt", "text")):
+        error = one_line_error("char_gpt.py", *resume, *flags.split(), cwd=clone)
+        assert f"--resume: r.pt began with another {names}" in error
+    output, _ = run("char_gpt.py", *resume, "--max_iters", "6", cwd=clone)
+    assert "before training" not in output and "step 6:" in output
