@@ -1,9 +1,9 @@
 """Bigram language model: predict the next character from the current one alone.
 
-The model is a table of 65 x 65 scores: for each character, how likely each character is to follow.
-Everything around the table is what GPT-2 needs too: text turned into integers and cut into batches,
-a loss, gradient descent, validation, sampling. Read char_gpt.py next: it keeps all of this and puts
-a transformer in the table's place.
+The model is a table of 65 x 65 scores: row i says how likely each character is to follow character
+i. Everything around the table is what GPT-2 needs too: text turned into integers and cut into
+batches, a loss, gradient descent, validation, sampling. Read char_gpt.py next: it keeps all of this
+and puts a transformer, the kind of model that GPT-2 is, in the table's place.
 
     python bigram.py                       # 5 seconds on two CPU cores
     python bigram.py --data my_text.txt    # any text file in UTF-8
@@ -74,12 +74,12 @@ def split_data(data, config):
 
 
 def get_batch(data, config, step):
-    """The batch for one training step: inputs x and targets y, both (B, T). A row of x is a stretch
-    of T = block_size tokens, and the row of y is the same stretch one token later: y[b, t] is the
-    token that follows x[b, t]. So every row holds T exercises in predicting the next token.
+    """The batch for one training step: inputs x and targets y, both (B, T), with B = batch_size. A
+    row of x is a stretch of T = block_size tokens, and the row of y is the same stretch one token
+    later: y[b, t] is the token that follows x[b, t]. So every row holds T exercises in prediction.
 
     The data is visited in epochs. Each epoch cuts it into stretches, shuffles them, and uses each
-    once, B = batch_size at a time. (The last few, if they do not fill a batch, are left out.) The
+    once, B at a time. (The last few, if they do not fill a batch, are left out.) The
     first stretch begins at a random offset, so that every epoch cuts the data in other places. All
     of this depends only on the seed and the step, so that a run can be repeated or resumed."""
     B = config.batch_size
@@ -104,14 +104,15 @@ def cross_entropy(logits, targets):
     The logits (B, T, V) are scores, one for each of the V tokens in the vocabulary. Softmax turns
     them into probabilities: exp(score), divided by the sum of all exp(scores). targets: (B, T)."""
     log_probs = logits.log_softmax(dim=-1)  # (B, T, V): the logarithms of these probabilities
-    # gather() picks one entry from each row of V: the one whose number is in targets.
+    # gather() picks one entry from each row of V, by the numbers in targets, as (B, T, 1).
     log_probs_of_targets = log_probs.gather(-1, targets.unsqueeze(-1))  # (B, T, 1)
     return -log_probs_of_targets.mean()
 
 
 class BigramLanguageModel(nn.Module):
     """Row i of the table holds the scores of all characters that may follow character i. The table
-    is an nn.Embedding: a matrix of parameters whose rows are looked up by number."""
+    is an nn.Embedding, a matrix of parameters whose rows are looked up by number. An nn.Module
+    keeps track of its parameters; calling it, as in model(idx), calls its forward()."""
     context_size = 1  # how many tokens the model looks at to predict the next one
 
     def __init__(self, config):
@@ -129,13 +130,13 @@ class BigramLanguageModel(nn.Module):
 
 def count_bigrams(data, vocab_size, add=0):
     """The best table for data, without any training: count how often each character follows each
-    other one, and use the logarithms of the counts as scores. Softmax makes frequencies of them:
-    it takes exp(ln(count)), which is the count, and divides it by the sum of all counts in its row.
+    other one, and use the logarithms of the counts as scores. Softmax turns them into frequencies:
+    exp(ln(count)) is the count, and it is divided by the sum of all counts in its row.
 
     No table has a lower loss on this data. The gradient of the loss with respect to row i is
     proportional to softmax(row i) minus the frequencies with which characters follow i. It is zero
-    when the two are equal, and since the loss is convex, that is its minimum. The loss that is left
-    is called the conditional entropy: what remains uncertain about the next character when only the
+    when the two are equal, and the loss (a convex function) has no other minimum. What is left is
+    called the conditional entropy: what remains uncertain about the next character when only the
     current one is known. To get below it, a model must look further back.
 
     add=1 adds one to every count. Without it, a pair that never occurs in data would have
@@ -159,7 +160,7 @@ def sample(logits):
 def generate(model, idx, max_new_tokens, choose=sample):
     """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
     each new column (B, 1) as soon as it is chosen."""
-    model.eval()
+    model.eval()  # not model.train(), in which some models behave differently: see dropout
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.context_size :])
         new = choose(logits[:, -1])  # the last position's scores are for the token to come
@@ -172,7 +173,7 @@ def generate(model, idx, max_new_tokens, choose=sample):
 def evaluate(model, data, config):
     """Mean loss over all of data, cut into consecutive stretches of block_size tokens. (A remainder
     that is too short for a stretch is left out.)"""
-    model.eval()  # as opposed to model.train(): it matters for models with dropout, in char_gpt.py
+    model.eval()
     T = config.block_size
     n = (len(data) - 1) // T
     xs = data[: n * T].view(n, T).split(config.batch_size)
@@ -193,13 +194,15 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint):
         x, y = get_batch(train_data, config, step)
         _, loss = model(x, y)
         model.zero_grad()  # or backward() would add to the gradients of the step before
-        loss.backward()  # finds the gradient of every parameter p, by the chain rule: p.grad
+        # PyTorch has recorded how the loss was computed. backward() goes through that in reverse
+        # and finds, by the chain rule, the gradient of the loss for every parameter p: p.grad.
+        loss.backward()
         # Large steps to get near the minimum, then ever smaller ones to settle in it. (A rate of
-        # 200 is unusually high. The loss is a mean over 8,192 characters, of which any one row of
-        # the table concerns only a few, so the gradients are tiny. For the rarest characters even
-        # this rate is too low. char_gpt.py has a remedy: Adam, which gives each parameter its own.)
+        # 200 is unusually high. The loss is a mean over 8,192 characters, and only a few of them
+        # use any one row of the table, so its gradient is tiny. For the rarest characters even this
+        # rate is too low. char_gpt.py has a remedy, Adam: a rate of its own for each parameter.)
         learning_rate = config.learning_rate * (1 - step / config.max_iters)
-        with torch.no_grad():  # the update itself is not to be differentiated
+        with torch.no_grad():  # the update is no part of the loss, and need not be recorded
             for p in model.parameters():
                 p -= learning_rate * p.grad
         losses.append(loss.item())
@@ -299,7 +302,7 @@ def main():
     checkpoint = dict(script="bigram", config=vars(config), vocab=tokenizer.chars, history=[],
                       bytes_per_token=len(text[len(train_data) :].encode()) / len(val_data))
     train(model, train_data, val_data, tokenizer, config, checkpoint)
-    checkpoint["model"] = model.state_dict()
+    checkpoint["model"] = model.state_dict()  # the parameters, by their names
     with replacing(config.out) as file:
         torch.save(checkpoint, file)
     for name, data, add in ("train", train_data, 0), ("val", val_data, 1):

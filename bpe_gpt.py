@@ -4,7 +4,7 @@ New here: a vocabulary learned by byte-pair encoding; a cache that makes generat
 weights that OpenAI published, from 124 million to 1.5 billion parameters; fine-tuning them on any
 text, or on instructions to be answered; and training in several processes.
 
-    python bpe_gpt.py                 # train from scratch: a GPU GPT-2 124M, a CPU a small model
+    python bpe_gpt.py                 # train from scratch: GPT-2 124M, or a small model on a CPU
     python bpe_gpt.py --full          # GPT-2 124M on a CPU, too
     python bpe_gpt.py --init gpt2     # fine-tune GPT-2 on Shakespeare; downloads 548 MB once
     python bpe_gpt.py --init gpt2-medium --data my_text.txt --eval_only --stride 512
@@ -51,7 +51,7 @@ class GPTConfig:
     n_head: int = 12  # attention heads per block; must divide n_embd
     n_embd: int = 768  # width: how many numbers represent a token inside the model
     block_size: int = 1024  # context: how many tokens the model can look at
-    dropout: float = 0.1  # fraction of activations set to zero in training, against overfitting
+    dropout: float = 0.1  # fraction of the numbers inside the model that training sets to zero
     init: str = ""  # fine-tune gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder or a checkpoint
     batch_size: int = 16  # sequences that go through the model at once, as memory allows
     total_batch_size: int = 16384  # tokens per step
@@ -61,7 +61,7 @@ class GPTConfig:
     muon_learning_rate: float = 0.02  # of Muon, for the matrices in the blocks; 0: AdamW for all
     warmup_iters: int = 50  # steps over which the learning rates rise from zero
     weight_decay: float = 0.1  # pulls the matrices towards zero, against overfitting
-    grad_clip: float = 1.0  # gradients with a larger norm than this are scaled down to it
+    grad_clip: float = 1.0  # gradients that are longer than this are scaled down to it
     seed: int = 1337  # of the random numbers: the same seed gives the same run
     full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
@@ -89,11 +89,11 @@ CPU_SETTINGS = dict(
     total_batch_size=2048, max_iters=2400, eval_interval=400, learning_rate=0.002,
     muon_learning_rate=0.025, weight_decay=0.15)
 # Fine-tuning takes a few small steps, so that the model learns the text and forgets little else. It
-# does without Muon, which would change each matrix in all directions, even those that are right.
+# does without Muon, whose steps have the same strength in all directions, needed or not.
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
     muon_learning_rate=0.0, warmup_iters=5)
-INSTRUCTION_SETTINGS = dict(  # on top of these, with --instructions
+INSTRUCTION_SETTINGS = dict(  # on top; but a model that is fine-tuned keeps its own block_size
     block_size=256, batch_size=8, total_batch_size=8192, max_iters=130, eval_interval=65)
 
 # ---- Tokens -------------------------------------------------------------------------------------
@@ -101,9 +101,10 @@ INSTRUCTION_SETTINGS = dict(  # on top of these, with --instructions
 # Sequences of characters are long, and each character says little; words are too many to list them
 # all. A token of GPT-2 is something in between: a string of bytes that occurs often, from a single
 # byte to a long word. A text is first split into words: letters (\p{L}), digits (\p{N}) or other
-# signs, each with the space before it; endings such as 's; white space. No token crosses two words.
+# signs, each with the space before it; endings such as 's; and what white space is left (all but
+# the last space, if a word follows, which has that one). No token extends over two words.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-END_OF_TEXT = "<|endoftext|>"  # a token of its own, which stands between one text and the next
+END_OF_TEXT = "<|endoftext|>"  # a token between texts; encode() sees it if allowed_special="all"
 
 
 def train_bpe(text, vocab_size):
@@ -176,8 +177,8 @@ def gpt2_tokenizer():
 
 # There are two kinds of data, texts and instructions, with the same two methods. training_batch()
 # returns the inputs x and targets y of one step, which depend only on the seed and the step;
-# evaluation_batches() yields all of the data, batch_size rows at a time. x and y are (B, T). Some
-# targets are -100: PyTorch's cross_entropy() leaves them out of the loss.
+# evaluation_batches() yields all of the data, batch_size rows at a time. Some targets are -100:
+# PyTorch's cross_entropy() leaves them out of the loss.
 
 class TextData:
     """An array of tokens, cut into stretches of block_size tokens, or fewer if it is shorter."""
@@ -244,11 +245,11 @@ class InstructionData:
 
 def pick_rows(n_rows, step, config):
     """The epoch of a step, and the numbers of its rows. In an epoch, each of n_rows comes once, in
-    random order, B at a time. (The last few, if they do not fill a batch, are left out.)"""
-    B = config.total_batch_size // config.block_size
-    steps_per_epoch = max(1, n_rows // B)
+    random order. (The last few, if they do not fill a step, are left out.)"""
+    n = config.total_batch_size // config.block_size  # rows per step
+    steps_per_epoch = max(1, n_rows // n)
     epoch, i = divmod(step, steps_per_epoch)
-    return epoch, shuffled(n_rows, config.seed, epoch)[i * B : (i + 1) * B]
+    return epoch, shuffled(n_rows, config.seed, epoch)[i * n : (i + 1) * n]
 
 
 @lru_cache(maxsize=2)  # to shuffle millions of rows takes a second: once per epoch is enough
@@ -257,8 +258,8 @@ def shuffled(n_rows, seed, epoch):
 
 
 def make_batch(rows):
-    """Rows (x, y) as one batch. Shorter ones are padded at the end: no other token sees the inputs
-    there, and the targets, -100, do not count."""
+    """Rows (x, y) as one batch. Shorter ones are padded at the end. There, the inputs come after
+    all tokens that could see them, and the targets, -100, do not count."""
     xs, ys = zip(*rows)
     pad = nn.utils.rnn.pad_sequence
     return pad(xs, batch_first=True), pad(ys, batch_first=True, padding_value=-100)
@@ -305,8 +306,8 @@ def read_records(path):
 
 
 def load_instructions(config, tokenizer):
-    """Training data (90%), validation data (10%; with --eval_only, all) and the tokenizer. If that
-    is None, it is learned from the training part."""
+    """Training data (90%), validation data (10%; with --eval_only, all) and the tokenizer. If there
+    is none yet, it is learned from the training part."""
     records = read_records(config.instructions)
     np.random.default_rng(config.seed).shuffle(records)
     n_val = len(records) if config.eval_only else len(records) // 10
@@ -324,8 +325,8 @@ def load_instructions(config, tokenizer):
 
 def load_tokens(config, tokenizer):
     """Training data (the first 90% of a text), validation data (the rest; with --eval_only, all)
-    and the tokenizer. If that is None, it is learned from the training part. A folder has GPT-2's
-    tokens, as 16-bit integers, in files that may be larger than memory."""
+    and the tokenizer. If there is none yet, it is learned from the training part. A folder has
+    GPT-2's tokens, as 16-bit integers, in files that may be larger than memory."""
     if os.path.isdir(config.data):
         tokenizer = tokenizer or gpt2_tokenizer()
         train_tokens = np.memmap(f"{config.data}/train.bin", dtype="<u2", mode="r")
@@ -379,8 +380,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # nn.Linear multiplies by a learned matrix and adds a learned bias. The names are OpenAI's,
-        # whose code computes these layers as convolutions of width 1: hence the c.
+        # nn.Linear multiplies by a learned matrix and adds a learned bias. The names are OpenAI's.
+        # (The c is for convolution, since their code treats these layers as such.)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # combines what the heads found
 
@@ -422,14 +423,14 @@ class Block(nn.Module):
 
     This is what makes deep models trainable (He et al. 2015). The derivative of x + f(x) is
     1 + f'(x), and through the 1 the gradient reaches every block undiminished. Layer norm applies
-    only to what a part reads. On the stream itself it would rescale the gradient in every block."""
+    only to what a part reads: on the stream itself, it would rescale that gradient every time."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)  # explained in training_step()
 
     def forward(self, x, cache=None):
         x = x + self.dropout(self.attn(self.ln_1(x), cache))
@@ -448,20 +449,20 @@ class GPT(nn.Module):
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": nn.LayerNorm(config.n_embd),  # f for final: every block has added to the stream
+            "ln_f": nn.LayerNorm(config.n_embd),  # f for final; the sum of all results can be large
         })
-        # From vectors to scores. A bias would only say how frequent each token is; GPT-2 has none.
+        # From vectors to scores. It needs no bias: that of ln_f reaches the scores, too.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
-        # x, which is large if x points the same way.
+        # x, which is large if x points the same way. What is learned at one end helps at the other.
         self.lm_head.weight = self.transformer.wte.weight
         self.initialize(config)
 
     def initialize(self, config):
-        """Random weights, because equal ones would get equal gradients and stay equal. Small ones
-        (0.02 is GPT-2's choice), because small scores are almost a uniform guess: as in bigram.py,
-        the first loss is close to ln(vocab_size)."""
+        """Random weights, because two parts of a layer that start out equal get equal gradients and
+        stay equal. Small ones (0.02 is GPT-2's choice), because small scores are almost a uniform
+        guess: as in bigram.py, the first loss is close to ln(vocab_size)."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -488,8 +489,8 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit into a context of {self.context_size}")
         if start > 0 and T > 1:
             raise ValueError("caches that are not empty take one token at a time")
-        # Attention takes a mean, and a mean does not depend on order. So each token's vector must
-        # say where it stands: one embedding is for the token, another for its position.
+        # Attention takes a mean over earlier tokens, which does not depend on their order. So each
+        # token's vector must say where it stands: one embedding is of the token, one of its place.
         positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
@@ -498,7 +499,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
         if targets is None:
             return logits, None
-        # The loss of bigram.py. PyTorch's function takes (N, vocab_size) and (N,): N = B * T here.
+        # The loss of bigram.py. PyTorch's function takes (N, vocab_size) and (N,), with N = B * T.
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 # ---- Generation ---------------------------------------------------------------------------------
@@ -516,15 +517,16 @@ def generate(model, idx, max_new_tokens, choose=sample):
     The model reads idx once, and then only the new tokens. When the context is full, the model sees
     the last context_size tokens, a window that moves on with each token. Every token in it then has
     another position than before, so the caches are of no use: the whole window is read again."""
-    model.eval()
+    model.eval()  # not model.train(), in which some models behave differently: see dropout
     caches = []
     for _ in range(max_new_tokens):
         if not caches or idx.shape[1] > model.context_size:
             caches = [Cache(model.context_size) for _ in model.transformer.h]
-            new = idx[:, -model.context_size :]
-        logits, _ = model(new, caches=caches)
+            unread = idx[:, -model.context_size :]
+        logits, _ = model(unread, caches=caches)
         new = choose(logits[:, -1])  # the last position's scores are for the token to come
         idx = torch.cat((idx, new), dim=1)
+        unread = new
         yield new
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -553,8 +555,8 @@ def evaluate(model, data):
 
 
 def make_optimizers(model, config):
-    """Muon (Jordan et al. 2024) for the matrices in the blocks: it makes all directions in which
-    the mean gradient would change a matrix equally strong. AdamW (Loshchilov & Hutter 2019) for the
+    """Muon (Jordan et al. 2024) for the matrices in the blocks: it takes the mean gradient of a
+    matrix, and gives all directions in it the same strength. AdamW (Loshchilov & Hutter 2019) for
     embeddings, gains and biases, or, with a muon_learning_rate of 0, for all: it moves each number
     at about the same speed, whatever the size of its gradients. Only matrices get weight decay."""
     matrices = []
@@ -583,9 +585,9 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
     decay = (1 + math.cos(math.pi * progress)) / 2
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * min(warmup, decay)  # defaults: as made above
-    # Dropout sets random activations to zero, so that the model cannot rely on any single one.
-    # model.train() turns it on, model.eval() off. What it drops depends on the seed and the step.
+            group["lr"] = optimizer.defaults["lr"] * min(warmup, decay)  # defaults: as it was made
+    # Dropout sets random numbers inside the model to zero, so that it cannot rely on any single one
+    # and overfits less. train() turns it on, eval() off. Seed and step decide what it drops.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()
     model.zero_grad()
@@ -594,7 +596,9 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
     xs = x[RANK::N_PROCESSES].split(config.batch_size)  # this process's share, in batches
     ys = y[RANK::N_PROCESSES].split(config.batch_size)
     for x, y in zip(xs, ys):
-        with autocast:  # matrix products in bfloat16, where that is faster: see pick_dtype()
+        # Mixed precision: matrix products in bfloat16 where that is faster. It has float32's range,
+        # but fewer digits. The weights stay in float32, or rounding would swallow small updates.
+        with autocast:
             _, loss = model(x, y)
         loss = loss * (y != -100).sum() / n_targets  # its part of the mean over the whole step
         loss.backward()
@@ -618,13 +622,11 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     step, started = restore(checkpoint["last"], model, optimizers)
     # The compiled model has the same weights. It is faster, but takes a minute to prepare.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
-    # Since the last evaluation; their mean is the training loss. They are measured with dropout,
-    # and while the model was still worse: at first they lie above the validation loss.
+    # Losses since the last evaluation. Their mean, the training loss, is measured with dropout and
+    # while the model was still worse: at first, it lies above the validation loss.
     losses = []
     while step < config.max_iters:
-        x, y = train_data.training_batch(step)
-        x = x.to(device)
-        y = y.to(device)
+        x, y = [part.to(device) for part in train_data.training_batch(step)]
         progress = step / config.max_iters
         loss = training_step(compiled, optimizers, x, y, step, progress, config, autocast)
         losses.append(loss)
@@ -651,9 +653,9 @@ def show_progress(step, loss, n_tokens, progress, started):
 
 
 def save(checkpoint, step, started, model, optimizers, path):
-    """Write the checkpoint to path. Its "model" are the weights with the lowest validation loss so
-    far, since later ones may overfit. Its "last" is everything that the next step depends on, so
-    that a run that was stopped and resumed ends exactly like one that was not."""
+    """Write the checkpoint to path. "model" has the weights with the lowest validation loss so far,
+    since later ones may overfit. "last" has everything that the next step depends on, so that a run
+    that was stopped and resumed ends exactly like one that was not."""
     val_losses = [val_loss for _, _, val_loss in checkpoint["history"]]
     if val_losses[-1] == min(val_losses):
         checkpoint["model"] = copy.deepcopy(model.state_dict())
@@ -676,13 +678,13 @@ def restore(last, model, optimizers):
 
 def bytes_per_token(data, tokenizer):
     targets = torch.cat([y[y != -100] for _, y in data.evaluation_batches()])
-    text = targets[targets != tokenizer.eot_token]  # the end-of-text token stands for no bytes
+    text = targets[targets != tokenizer.eot_token]  # which is a token, but stands for no bytes
     return len(tokenizer.decode_bytes(text.tolist())) / len(targets)
 
 
 def describe(loss, bytes_per_token):
     """Also as perplexity (a uniform guess among that many tokens has the same loss) and in bits per
-    byte of text. Longer tokens are harder to guess, but fewer: only this compares vocabularies."""
+    byte, to compare vocabularies: longer tokens are harder to guess, but there are fewer of them."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(loss):.2f}, {bits:.3f} bits/byte)"
 
@@ -701,8 +703,9 @@ def report(checkpoint, model, tokenizer, val_data, config):
 
 # ---- Weights in Hugging Face's format -----------------------------------------------------------
 
-# A folder: config.json has the sizes of the model, model.safetensors the parameters, by the names
-# that they have here. These are transposed: OpenAI's layers compute x @ weight, not x @ weight.T.
+# This part reads files, and can be skipped. A folder has the sizes of a model (config.json) and its
+# parameters, by the names that they have here (model.safetensors). Three kinds are transposed:
+# OpenAI's layers compute x @ weight, nn.Linear x @ weight.T.
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 # Settings in config.json that change the result. Other values than these are not supported.
@@ -742,7 +745,7 @@ def find_weights(name_or_path):
 
 def load_pretrained(name_or_path, settings, flags):
     """A trained model, and its tokenizer (None if there is none beside the weights). Settings and
-    flags are fields of GPTConfig. Only a smaller block_size can be had than the model's."""
+    flags are fields of GPTConfig. The model has its own sizes; only block_size may be smaller."""
     path = find_weights(name_or_path)
     try:
         if path.suffix == ".safetensors":
@@ -756,11 +759,11 @@ def load_pretrained(name_or_path, settings, flags):
             tokenizer = make_tokenizer(checkpoint["vocab"])
         wpe = state["transformer.wpe.weight"]
         config = GPTConfig(**settings | {"block_size": len(wpe)} | sizes | flags)
-        if config.n_head != sizes["n_head"]:  # any other size shows in the shapes of the weights
+        if config.n_head != sizes["n_head"]:  # of the sizes, the only one not seen in the weights
             raise ValueError(f"--n_head is {sizes['n_head']} in this model")
         state["transformer.wpe.weight"] = wpe[: config.block_size]
         state["lm_head.weight"] = state["transformer.wte.weight"]
-        with torch.device("meta"):  # takes no memory: the tensors of state become the parameters
+        with torch.device("meta"):  # makes no parameters: the tensors of state take their places
             model = GPT(config)
         model.load_state_dict(state, assign=True)  # strict: none may be missing, none left over
         model.lm_head.weight = model.transformer.wte.weight
@@ -789,8 +792,7 @@ def read_config(path):
 
 def read_safetensors(path):
     """The parameters by our names, in our shapes, in float32. The file has 8 bytes with the length
-    of the header; the header, in JSON, which says where each tensor lies; and the numbers. It is
-    mapped into memory instead of being read, so that there is no second copy of it."""
+    of the header; the header, in JSON, which says where each tensor lies; and the numbers."""
     data = np.memmap(path, np.uint8, mode="c")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     state = {}
@@ -899,8 +901,7 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """Mixed precision: matrix products in bfloat16, where that is faster. It has float32's range,
-    but fewer digits. The weights stay in float32, or rounding would swallow small updates."""
+    """The type of matrix products: bfloat16 where the hardware makes that faster than float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -967,8 +968,7 @@ def main():
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     n_sequences = config.total_batch_size // config.block_size
     if n_sequences < N_PROCESSES:
-        least = N_PROCESSES * config.block_size
-        raise ValueError(f"--total_batch_size must be at least {least}, a sequence per process")
+        raise ValueError(f"--total_batch_size must be at least {N_PROCESSES * config.block_size}")
     print(f"on {device} in {dtype}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{n_sequences} sequences of {config.block_size} tokens per step")
     first_batch = None if config.eval_only else train_data.training_batch(0)[0].tolist()

@@ -1,8 +1,8 @@
 """Character-level GPT: the transformer of GPT-2, small enough to train on Shakespeare at home.
 
 bigram.py predicts the next character from the current one alone. Here each prediction can use up to
-256 characters before it, and the model learns which of them matter. The data, the generation and
-the evaluation are the same as there; the model and its training are new.
+256 characters, and the model learns which of them matter. The data, the generation and the
+evaluation are the same as there; the model and its training are new.
 
     python char_gpt.py                # a GPU trains the full model, a CPU a small one in 3 minutes
     python char_gpt.py --full         # the full 6-layer, 384-wide model on a CPU too: 35 minutes
@@ -44,7 +44,7 @@ class GPTConfig:
     n_head: int = 6  # attention heads per block; must divide n_embd
     n_embd: int = 384  # width: how many numbers represent a token inside the model
     block_size: int = 256  # context: how many characters the model can look at
-    dropout: float = 0.1  # fraction of activations set to zero in training, against overfitting
+    dropout: float = 0.1  # fraction of the numbers inside the model that training sets to zero
     by_hand: bool = False  # compute with the formulas below, not with PyTorch's faster built-ins
     batch_size: int = 16  # sequences per step
     max_iters: int = 1400  # steps of gradient descent
@@ -54,7 +54,7 @@ class GPTConfig:
     muon_learning_rate: float = 0.025  # of Muon, for the matrices in the blocks
     warmup_iters: int = 10  # steps over which the learning rates rise from zero
     weight_decay: float = 0.2  # pulls the matrices towards zero, against overfitting
-    grad_clip: float = 1.0  # gradients with a larger norm than this are scaled down to it
+    grad_clip: float = 1.0  # gradients that are longer than this are scaled down to it
     seed: int = 1337  # of the random numbers: the same seed gives the same run
     full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
@@ -98,12 +98,12 @@ def split_data(data, config):
 
 
 def get_batch(data, config, step):
-    """The batch for one training step: inputs x and targets y, both (B, T). A row of x is a stretch
-    of T = block_size tokens, and the row of y is the same stretch one token later: y[b, t] is the
-    token that follows x[b, t]. So every row holds T exercises in predicting the next token.
+    """The batch for one training step: inputs x and targets y, both (B, T), with B = batch_size. A
+    row of x is a stretch of T = block_size tokens, and the row of y is the same stretch one token
+    later: y[b, t] is the token that follows x[b, t]. So every row holds T exercises in prediction.
 
     The data is visited in epochs. Each epoch cuts it into stretches, shuffles them, and uses each
-    once, B = batch_size at a time. (The last few, if they do not fill a batch, are left out.) The
+    once, B at a time. (The last few, if they do not fill a batch, are left out.) The
     first stretch begins at a random offset, so that every epoch cuts the data in other places. All
     of this depends only on the seed and the step, so that a run can be repeated or resumed."""
     B = config.batch_size
@@ -125,8 +125,9 @@ def get_batch(data, config, step):
 
 class LayerNorm(nn.Module):
     """Shifts and scales the vector of each token to mean 0 and variance 1, however large it was.
-    Then each of the C numbers is multiplied by a learned gain (weight) and a learned bias is added:
-    the model itself chooses the scale that the next layer gets. Ba, Kiros & Hinton 2016."""
+    Then each of the C numbers is multiplied by a learned gain (weight) and a learned bias is added.
+    So the next layer gets a scale that is learned, and that does not drift while the layers before
+    it change. Ba, Kiros & Hinton 2016."""
     def __init__(self, config):
         super().__init__()
         self.by_hand = config.by_hand
@@ -174,9 +175,9 @@ def attention(q, k, v):
     q, k, v and the result are (B, n_head, T, head_size): there are n_head such tables for each
     sequence, as CausalSelfAttention explains. Vaswani et al. 2017, section 3.2.1."""
     T, head_size = q.shape[-2:]
-    # A dot product is a sum of head_size terms: its variance is head_size times that of one term,
-    # its standard deviation sqrt(head_size) times. Dividing by that keeps the scores small. Large
-    # scores would push the softmax towards 0 and 1, where its gradient vanishes.
+    # A dot product is a sum of head_size terms. If they are independent, it varies sqrt(head_size)
+    # times as much as one term (its standard deviation). Dividing by that keeps the scores small:
+    # large ones would push the softmax towards 0 and 1, where its gradient vanishes.
     scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T)
     # The causal mask: no token may see the ones after it, or it would see what it has to predict.
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # column <= row
@@ -192,8 +193,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.by_hand = config.by_hand
-        # nn.Linear multiplies by a learned matrix and adds a learned bias. The names are OpenAI's,
-        # whose code computes these layers as convolutions of width 1: hence the c.
+        # nn.Linear multiplies by a learned matrix and adds a learned bias. The names are OpenAI's.
+        # (The c is for convolution, since their code treats these layers as such.)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # combines what the heads found
 
@@ -206,7 +207,8 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
         k = k.view(B, T, self.n_head, head_size).transpose(1, 2)
         v = v.view(B, T, self.n_head, head_size).transpose(1, 2)
-        # PyTorch's built-in attention is faster, except in bfloat16 on a CPU.
+        # PyTorch's built-in attention (is_causal: with the causal mask) is faster, except in
+        # bfloat16 on a CPU.
         if self.by_hand or (q.dtype == torch.bfloat16 and q.device.type == "cpu"):
             y = attention(q, k, v)
         else:
@@ -234,14 +236,14 @@ class Block(nn.Module):
 
     This is what makes deep models trainable (He et al. 2015). The derivative of x + f(x) is
     1 + f'(x), and through the 1 the gradient reaches every block undiminished. Layer norm applies
-    only to what a part reads. On the stream itself it would rescale the gradient in every block."""
+    only to what a part reads: on the stream itself, it would rescale that gradient every time."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)  # explained in training_step()
 
     def forward(self, x):
         x = x + self.dropout(self.attn(self.ln_1(x)))
@@ -259,20 +261,20 @@ class GPT(nn.Module):
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": LayerNorm(config),  # f for final: every block has added to the stream
+            "ln_f": LayerNorm(config),  # f for final; the sum of all results can be large
         })
-        # From vectors to scores. A bias would only say how frequent each token is; GPT-2 has none.
+        # From vectors to scores. It needs no bias: that of ln_f reaches the scores, too.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
-        # x, which is large if x points the same way.
+        # x, which is large if x points the same way. What is learned at one end helps at the other.
         self.lm_head.weight = self.transformer.wte.weight
         self.initialize(config)
 
     def initialize(self, config):
-        """Random weights, because equal ones would get equal gradients and stay equal. Small ones
-        (0.02 is GPT-2's choice), because small scores are almost a uniform guess: as in bigram.py,
-        the first loss is close to ln(vocab_size)."""
+        """Random weights, because two parts of a layer that start out equal get equal gradients and
+        stay equal. Small ones (0.02 is GPT-2's choice), because small scores are almost a uniform
+        guess: as in bigram.py, the first loss is close to ln(vocab_size)."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -288,8 +290,8 @@ class GPT(nn.Module):
         B, T = idx.shape
         if T > self.context_size:
             raise ValueError(f"{T} tokens do not fit into a context of {self.context_size}")
-        # Attention takes a mean, and a mean does not depend on order. So each token's vector must
-        # say where it stands: one embedding is for the token, another for its position.
+        # Attention takes a mean over earlier tokens, which does not depend on their order. So each
+        # token's vector must say where it stands: one embedding is of the token, one of its place.
         positions = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
@@ -298,18 +300,18 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
         if targets is None:
             return logits, None
-        # The loss of bigram.py. PyTorch's function takes (N, vocab_size) and (N,): N = B * T here.
+        # The loss of bigram.py. PyTorch's function takes (N, vocab_size) and (N,), with N = B * T.
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 # What it costs. A block has 12 C^2 parameters: 3 C^2 for queries, keys and values, C^2 for c_proj
 # and 8 C^2 in the MLP. At C = 384, six blocks have 10.62 of the 10.77 million; most of the rest are
-# embeddings. A token passes through every matrix once, with one multiplication and one addition per
-# parameter: about 2 operations per parameter and token. Training takes 6, since the backward pass
-# has two gradients to find for each matrix product, of its input and of its weights. Attention also
-# compares all pairs of tokens, in another 4 T C operations per token and block: a tenth of the rest
-# at T = 256. Memory holds each parameter, its gradient, the optimizer's one or two means (4 bytes
-# each), and the activations, which the forward pass computes and the backward pass needs again.
-# All of this changes with n_layer and n_embd, only the activations with batch_size.
+# embeddings. For each token, every matrix is multiplied by a vector: 2 operations per parameter, a
+# multiplication and an addition. Training takes 6, since the backward pass finds two gradients for
+# each matrix product, of its input and of its weights. Attention also compares all pairs of tokens,
+# in another 4 T C operations per token and block: a tenth of the rest at T = 256. Memory holds each
+# parameter, its gradient, the optimizer's one or two means (4 bytes each), and the activations,
+# which the forward pass computes and the backward pass needs again. n_layer and n_embd change all
+# of this, block_size changes attention and the activations, batch_size the activations.
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -322,7 +324,7 @@ def sample(logits):
 def generate(model, idx, max_new_tokens, choose=sample):
     """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
     each new column (B, 1) as soon as it is chosen."""
-    model.eval()
+    model.eval()  # not model.train(), in which some models behave differently: see dropout
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.context_size :])
         new = choose(logits[:, -1])  # the last position's scores are for the token to come
@@ -335,7 +337,7 @@ def generate(model, idx, max_new_tokens, choose=sample):
 def evaluate(model, data, config):
     """Mean loss over all of data, cut into consecutive stretches of block_size tokens. (A remainder
     that is too short for a stretch is left out.)"""
-    model.eval()  # as opposed to model.train(): it matters for models with dropout, in char_gpt.py
+    model.eval()
     T = config.block_size
     n = (len(data) - 1) // T
     xs = data[: n * T].view(n, T).split(config.batch_size)
@@ -355,16 +357,17 @@ def make_optimizers(model, config):
     the square of its gradient (v), and moves it by learning_rate * m / sqrt(v). So all parameters
     move at about the same speed, whatever the size of their gradients.
 
-    Muon (Jordan et al. 2024) looks at a whole matrix. Every matrix is a sum of simple ones, each of
-    which reads one direction of its input and writes one direction of its output, with a certain
-    strength, its singular value. In a gradient, a few strong ones drown out all others. Muon takes
-    the running mean of the gradients, keeps these directions, and sets every singular value to 1
-    (approximately, by a few matrix products), so that the model also learns what is rare.
+    Muon (Jordan et al. 2024) looks at a whole matrix. Any matrix can be written as a sum of simple
+    ones (the singular value decomposition). Each of these reads how much of one direction there is
+    in the input, and writes that much of another direction to the output, times a strength, its
+    singular value. In a gradient, a few strengths are large and most are tiny. In the running mean
+    of the gradients, Muon keeps the directions and makes all strengths equal to 1 (approximately,
+    by a few matrix products), so that the model also learns what is rare.
 
-    It is for the matrices in the blocks, which turn vectors into vectors. In an embedding it would
-    also move the rows of tokens that did not occur, and gains and biases have no singular values:
-    these are left to Adam. Only the matrices get weight decay, which shrinks them a little at each
-    step, so that only what the gradients keep asking for becomes large."""
+    It is for the matrices in the blocks, which turn vectors into vectors. An embedding is looked up
+    row by row, and gains and biases are not matrices: these are left to Adam. Only the matrices in
+    the blocks get weight decay, which shrinks them a little at each step, so that only what the
+    gradients keep asking for becomes large."""
     matrices = []
     others = []
     for name, p in model.named_parameters():
@@ -386,12 +389,14 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
     decay = (1 + math.cos(math.pi * progress)) / 2
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * min(warmup, decay)  # defaults: as made above
-    # Dropout sets random activations to zero, so that the model cannot rely on any single one.
-    # model.train() turns it on, model.eval() off. What it drops depends on the seed and the step.
-    torch.manual_seed(config.seed * 1_000_003 + step)
+            group["lr"] = optimizer.defaults["lr"] * min(warmup, decay)  # defaults: as it was made
+    # Dropout sets random numbers inside the model to zero, so that it cannot rely on any single one
+    # and overfits less. train() turns it on, eval() off. Seed and step decide what it drops.
+    torch.manual_seed(config.seed * 1_000_003 + step)  # another number for each seed and step
     model.train()
-    with autocast:  # matrix products in bfloat16, where that is faster: see pick_dtype()
+    # Mixed precision: matrix products in bfloat16 where that is faster. It has float32's range, but
+    # fewer digits. The weights stay in float32, or rounding would swallow small updates.
+    with autocast:
         _, loss = model(x, y)
     model.zero_grad()
     loss.backward()
@@ -410,8 +415,8 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     step, started = restore(checkpoint["last"], model, optimizers)
     # The compiled model has the same weights. It is faster, but takes a minute to prepare.
     compiled = torch.compile(model) if config.compile and train_data.is_cuda else model
-    # Since the last evaluation; their mean is the training loss. They are measured with dropout,
-    # and while the model was still worse: at first they lie above the validation loss.
+    # Losses since the last evaluation. Their mean, the training loss, is measured with dropout and
+    # while the model was still worse: at first, it lies above the validation loss.
     losses = []
     progress = get_progress(step, started, config)
     while progress < 1:
@@ -449,9 +454,9 @@ def show_progress(step, loss, n_tokens, progress, started):
 
 
 def save(checkpoint, step, started, model, optimizers, path):
-    """Write the checkpoint to path. Its "model" are the weights with the lowest validation loss so
-    far, since later ones may overfit. Its "last" is everything that the next step depends on, so
-    that a run that was stopped and resumed ends exactly like one that was not."""
+    """Write the checkpoint to path. "model" has the weights with the lowest validation loss so far,
+    since later ones may overfit. "last" has everything that the next step depends on, so that a run
+    that was stopped and resumed ends exactly like one that was not."""
     val_losses = [val_loss for _, _, val_loss in checkpoint["history"]]
     if val_losses[-1] == min(val_losses):
         checkpoint["model"] = copy.deepcopy(model.state_dict())
@@ -563,8 +568,7 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """Mixed precision: matrix products in bfloat16, where that is faster. It has float32's range,
-    but fewer digits. The weights stay in float32, or rounding would swallow small updates."""
+    """The type of matrix products: bfloat16 where the hardware makes that faster than float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":

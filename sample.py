@@ -71,10 +71,10 @@ class SampleConfig:
 
 # ---- Sampling -----------------------------------------------------------------------------------
 
-# A text that takes the likeliest token each time soon repeats itself. Sampling, as in training, is
-# true to the model, but among 50,257 tokens there are very many unlikely ones. Together they have
-# some probability, and a single bad token can spoil the rest of the text. The settings below make
-# this tail of the distribution thinner, or cut it off.
+# A text that takes the likeliest token each time soon repeats itself. Drawing from the predicted
+# distribution is true to the model, but among 50,257 tokens very many are unlikely. Together they
+# have some probability, and a single bad token can spoil the rest of the text. The settings below
+# make this tail of the distribution thinner, or cut it off.
 
 def choose(logits, config):
     """Draw a token according to the settings: (B, vocab_size) to (B, 1)."""
@@ -95,17 +95,18 @@ def choose(logits, config):
     if config.top_p < 1:
         tail |= probs.cumsum(dim=-1) - probs >= config.top_p
     tail[:, 0] = False  # the likeliest token always stays
-    return tokens.gather(-1, sample(logits.masked_fill(tail, -math.inf)))
+    ranks = sample(logits.masked_fill(tail, -math.inf))  # (B, 1): 0 is the likeliest
+    return tokens.gather(-1, ranks)  # the tokens that have these ranks
 
 
 @torch.no_grad()
 def beam_search(model, idx, max_new_tokens, width, end):
     """Search for the likeliest text that begins with idx (1, T): extend each of the `width` best
     texts by every token, keep the `width` best of the results, repeat. A text is finished with the
-    token `end`. Returns the finished texts, the best first, as lists of new tokens.
+    token `end`, or after max_new_tokens. Returns lists of new tokens, those of the best text first.
 
     The score of a text is its log-probability, the sum of those of its tokens. Every token lowers
-    it, which would favour short texts: finished texts are ranked by the mean over their tokens."""
+    it, so that short texts would win: finished texts are ranked by the mean over their tokens."""
     texts = idx
     scores = torch.zeros(1, 1, device=idx.device)  # of the texts, (number of texts, 1)
     finished = []
@@ -147,7 +148,7 @@ def continuations(model, idx, end, config):
 
 def read_row(i, columns, seen):
     """Yields the tokens of text number i. All texts grow together, by one column (B, 1) of tokens
-    at a time. Columns that one text has needed are in `seen`, for the others to read."""
+    at a time. Whichever text is the first to need a column keeps it in `seen`, for the others."""
     for n in itertools.count():
         if n == len(seen):
             column = next(columns, None)
@@ -204,7 +205,7 @@ def next_log_probs(model, idx):
     size = model.context_size
     logits, _ = model(idx[:, :size])  # all positions at once
     rows = [logits[0]]
-    for end in range(size + 1, idx.shape[1] + 1):  # the others with a moving window, as generate()
+    for end in range(size + 1, idx.shape[1] + 1):  # then a moving window, as in generate()
         logits, _ = model(idx[:, end - size : end])
         rows.append(logits[0, -1:])
     return torch.cat(rows).log_softmax(dim=-1)
@@ -250,7 +251,7 @@ def attention_weights(model, ids):
         q, k, _ = output.chunk(3, dim=-1)  # each (1, T, C)
         q = q.unflatten(-1, (n_head, -1)).transpose(1, 2)  # (1, n_head, T, head_size)
         k = k.unflatten(-1, (n_head, -1)).transpose(1, 2)
-        # The values are the rows of the identity matrix. Their weighted mean is the weights.
+        # With the rows of the identity matrix as values, their weighted mean is the weights.
         weights.append(attention(q, k, torch.eye(len(ids))))
 
     forward_with_hooks(model, ids, [block.attn.c_attn for block in model.transformer.h], hook)
@@ -428,7 +429,7 @@ def main():
     model, tokenizer, checkpoint = load_model(names[0])
     encode = tokenizer.encode_ordinary
     # What comes before a text: the end of another one or, for characters, token 0, the line break.
-    before = [max(tokenizer.eot_token, 0)]
+    before = [0 if tokenizer.eot_token == -1 else tokenizer.eot_token]
     if config.probs:
         return show_probs(model, tokenizer, before + encode(config.probs))
     if config.attention:

@@ -27,13 +27,13 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import bpe_gpt
 import char_gpt
-import sample
+import export
 
 DEVICE = char_gpt.pick_device("auto")
 FAST = char_gpt.pick_dtype("auto", DEVICE)
@@ -101,7 +101,8 @@ def limits():
 
 # A recipe is a configuration, its optimizers, a schedule, and a precision. The steps of all are
 # those of char_gpt.py. The schedule gives the `fraction` that training_step() asks for, how much of
-# the run is over: after the warm-up the learning rates are cos(pi / 2 * fraction)^2 of the largest.
+# the run is over: after the warm-up, the learning rates are (1 + cos(pi * fraction)) / 2 of the
+# largest.
 
 
 def plain_recipe(size):
@@ -121,7 +122,7 @@ def plain_recipe(size):
 
     def fraction(step, config):  # so that the rate falls as a cosine from 1e-3 to 1e-4
         through = max(step - config.warmup_iters, 0) / (config.max_iters - config.warmup_iters)
-        return math.acos(math.sqrt(0.55 + 0.45 * math.cos(math.pi * through))) * 2 / math.pi
+        return math.acos(0.1 + 0.9 * math.cos(math.pi * through)) / math.pi
 
     return char_gpt.GPTConfig(**settings), make_optimizers, fraction, torch.float32
 
@@ -131,10 +132,6 @@ def our_recipe(size, **settings):
     smaller = char_gpt.CPU_SETTINGS if size == "small" else {}
     config = char_gpt.GPTConfig(**smaller | settings)
     return config, char_gpt.make_optimizers, lambda step, config: step / config.max_iters, FAST
-
-
-def fused_attention(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def training(recipe, steps=None, every=None):
@@ -155,7 +152,8 @@ def training(recipe, steps=None, every=None):
     autocast = torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
     seconds = 0.0
     for step in range(steps or config.max_iters):
-        start, over = now(), fraction(step, config)
+        start = now()
+        over = fraction(step, config)
         x, y = char_gpt.get_batch(train_data, config, step)
         char_gpt.training_step(forward, optimizers, x, y, step, over, config, autocast)
         took = now() - start
@@ -165,14 +163,6 @@ def training(recipe, steps=None, every=None):
             with autocast:
                 val_loss = char_gpt.evaluate(model, val_data, config)
         yield took, seconds, val_loss
-
-
-def plain_training(size, **options):
-    """The plain recipe, with the attention that is the faster one in float32."""
-    ours = char_gpt.attention
-    char_gpt.attention = fused_attention
-    yield from training(plain_recipe(size), **options)
-    char_gpt.attention = ours
 
 
 def time_to(goal, evaluations):
@@ -220,7 +210,7 @@ def lowest(checkpoint):
 
 
 def small():
-    plain = evaluations(plain_training("small", every=100))
+    plain = evaluations(training(plain_recipe("small"), every=100))
     row("plain recipe, 4x128, 2,000 steps", plain[-1][0], "s")
     row("  validation loss at the end", plain[-1][1], "loss")
     best = min(loss for _, loss in plain)  # about that of nanoGPT's README, 1.88
@@ -242,7 +232,7 @@ PLAIN_STEPS = 1750  # after which the plain recipe reaches it
 
 
 def full(long):
-    plain = step_time(plain_training("full", steps=4))
+    plain = step_time(training(plain_recipe("full"), steps=4))
     row("plain recipe, 6x384, a step of 64x256", plain, "s")
     row(f"  {PLAIN_STEPS} of them", PLAIN_STEPS * plain / 60, "min")
     recipe = our_recipe("full")
@@ -298,7 +288,6 @@ def their_generation(model, n_rows, n_tokens):
     """The same by Hugging Face's generate()."""
     prompt = torch.arange(16, device=DEVICE).repeat(n_rows, 1)
     settings = dict(max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False)
-    torch.backends.mkldnn.enabled = True  # as it was before sample.FastLinear
     start = now()
     model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **settings)
     return now() - start
@@ -306,8 +295,6 @@ def their_generation(model, n_rows, n_tokens):
 
 def decode(folder):
     model = bpe_gpt.load_pretrained(folder, {}, {})[0].to(DEVICE).eval()
-    if DEVICE.type == "cpu":
-        sample.speed_up(model)
     runs = {"ours": (model, generation)}
     with contextlib.suppress(ImportError):
         from transformers import GPT2LMHeadModel
@@ -447,10 +434,9 @@ def main():
     if {"decode", "load", "finetune"} & set(wanted):
         with tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
-            tokens = [*(bytes([b]) for b in bpe_gpt.BYTES), bpe_gpt.END_OF_TEXT.encode()]
+            tokens = [*(bytes([b]) for b in range(256)), bpe_gpt.END_OF_TEXT.encode()]
             model = bpe_gpt.GPT(bpe_gpt.GPTConfig())
-            with contextlib.redirect_stdout(io.StringIO()):
-                bpe_gpt.export(model, bpe_gpt.make_tokenizer(tokens), Path(folder))
+            export.export(model, bpe_gpt.make_tokenizer(tokens), folder)
             if "decode" in wanted:
                 decode(folder)
             if "load" in wanted:
