@@ -20,7 +20,6 @@ On Tiny Shakespeare the small model ends at 2.09 bits per byte of text, in 7 min
 
 import argparse
 import copy
-import hashlib
 import inspect
 import json
 import math
@@ -684,7 +683,7 @@ def bytes_per_token(data, tokenizer):
 
 def describe(loss, bytes_per_token):
     """Also as perplexity (a uniform guess among that many tokens has the same loss) and in bits per
-    byte, to compare vocabularies: longer tokens are harder to guess, but there are fewer of them."""
+    byte, to compare vocabularies: longer tokens are harder to guess, but there are fewer."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(loss):.2f}, {bits:.3f} bits/byte)"
 

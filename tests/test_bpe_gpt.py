@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import regex  # comes with tiktoken
 import torch
-import torch.nn.functional as F
 from conftest import PLAY, ROOT, SHAKESPEARE, needs_gpt2_tokenizer, needs_shakespeare, one_line_error
 from numpy_gpt2 import gpt2
 

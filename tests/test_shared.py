@@ -16,7 +16,6 @@ import torch
 from conftest import PLAY, ROOT, SHAKESPEARE, needs_shakespeare, one_line_error, run
 
 import bigram
-import bpe_gpt
 import char_gpt
 
 SCRIPTS = ["bigram.py", "char_gpt.py", "bpe_gpt.py", "sample.py"]
