@@ -174,10 +174,9 @@ def gpt2_tokenizer():
 
 # ---- Data ---------------------------------------------------------------------------------------
 
-# There are two kinds of data, texts and instructions, with the same two methods. training_batch()
-# returns the inputs x and targets y of one step, which depend only on the seed and the step;
-# evaluation_batches() yields all of the data, batch_size rows at a time. Some targets are -100:
-# PyTorch's cross_entropy() leaves them out of the loss.
+# For texts and instructions alike, training_batch() returns the inputs x and targets y of one step,
+# which depend only on the seed and the step, and evaluation_batches() yields all of the data, in
+# batches of batch_size rows. cross_entropy() leaves targets of -100 out of the loss.
 
 class TextData:
     """An array of tokens, cut into stretches of block_size tokens, or fewer if it is shorter."""
@@ -299,8 +298,9 @@ def read_records(path):
     """A JSON list of {"instruction": ..., "input": ..., "output": ...}, without empty outputs."""
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [{"input": ""} | r for r in records if r["instruction"] and r["output"]]
-    except (KeyError, TypeError):
+        return [{"instruction": str(r["instruction"]), "input": str(r.get("input") or ""),
+                 "output": str(r["output"])} for r in records if r["instruction"] and r["output"]]
+    except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: each record needs an instruction and an output") from None
 
 
@@ -317,7 +317,7 @@ def load_instructions(config, tokenizer):
     val_data = InstructionData(records[:n_val], tokenizer, config)
     print(f"{len(train_data.rows)} of {len(records) - n_val} records to train on and "
           f"{len(val_data.rows)} of {n_val} to validate on fit into block_size")
-    if not val_data.rows:
+    if not val_data.rows or not (train_data.rows or config.eval_only):
         raise ValueError("too few records, or a block_size that is too short for them")
     return train_data, val_data, tokenizer
 
@@ -576,8 +576,7 @@ def make_optimizers(model, config):
 
 def training_step(model, optimizers, x, y, step, progress, config, autocast):
     """One step of gradient descent; returns the loss. progress: the fraction of the run so far. The
-    sequences go through the model in batches that fit into memory, and the gradients of the batches
-    add up (gradient accumulation): the step is the same as with all sequences at once."""
+    gradients of several batches add up (gradient accumulation), so that memory has to hold one."""
     # The learning rates rise while the optimizers' means are not yet reliable, and then fall to
     # zero along half a cosine wave: large steps to get near a minimum, small ones to settle in it.
     warmup = (step + 1) / (config.warmup_iters + 1)
@@ -685,7 +684,7 @@ def describe(loss, bytes_per_token):
     """Also as perplexity (a uniform guess among that many tokens has the same loss) and in bits per
     byte, to compare vocabularies: longer tokens are harder to guess, but there are fewer."""
     bits = loss / math.log(2) / bytes_per_token
-    return f"{loss:.4f} (perplexity {math.exp(loss):.2f}, {bits:.3f} bits/byte)"
+    return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits/byte)"
 
 
 def report(checkpoint, model, tokenizer, val_data, config):
@@ -735,6 +734,7 @@ def find_weights(name_or_path):
         revision, sha256 = PUBLISHED[name_or_path]
         url = f"{HUB}/{name_or_path}/resolve/{revision}/model.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(30)  # seconds to wait for an answer
         try:
             torch.hub.download_url_to_file(url, str(path), sha256)  # checks what it has received
         except Exception as error:  # there are many ways in which a download can fail
@@ -914,8 +914,7 @@ def join_processes(device):
     if N_PROCESSES > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # its number on this machine
-        # The processes find each other in a store, which outlives a restart by torchrun: the prefix
-        # keeps the entries of each start apart.
+        # They find each other in a store. In it, the prefix keeps apart what a restart has left.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(store=store, rank=RANK, world_size=N_PROCESSES)
@@ -933,9 +932,11 @@ def new_or_trained(flags, device):
         settings = FINE_TUNING_SETTINGS
     if config.instructions:
         settings = settings | INSTRUCTION_SETTINGS  # of two dicts, the second wins
+    if config.eval_only and not config.init:
+        raise ValueError("--eval_only needs --init, the model to be evaluated")
     name = config.init
     checkpoint = None
-    if config.resume and Path(config.out).exists():
+    if config.resume and Path(config.out).exists() and not config.eval_only:
         name = config.out
         checkpoint = load_checkpoint(name, "bpe_gpt")
         settings = checkpoint["config"] | {"out": name}

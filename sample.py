@@ -78,7 +78,7 @@ class SampleConfig:
 
 def choose(logits, config):
     """Draw a token according to the settings: (B, vocab_size) to (B, 1)."""
-    if config.temperature == 0:  # the limit: all probability is on the likeliest token
+    if config.temperature < 1e-9:  # the limit: all probability is on the likeliest token
         return logits.argmax(dim=-1, keepdim=True)
     logits, tokens = logits.float().sort(dim=-1, descending=True)  # the likeliest first
     # The highest score becomes 0, or a low temperature could make it too large for exp(). Softmax

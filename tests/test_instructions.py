@@ -125,7 +125,7 @@ def test_each_record_comes_once_an_epoch_and_in_another_order(tokenizer):
     assert torch.equal(again, x), "the step alone decides"
 
 
-def test_the_last_few_records_of_an_epoch_are_left_out_if_they_do_not_fill_a_batch(tokenizer):
+def test_the_last_few_records_of_an_epoch_are_left_out_if_they_do_not_fill_a_step(tokenizer):
     config = GPTConfig(block_size=256, total_batch_size=5 * 256)
     data = InstructionData(RECORDS[:12], tokenizer, config)
     left_out = set()
@@ -137,7 +137,7 @@ def test_the_last_few_records_of_an_epoch_are_left_out_if_they_do_not_fill_a_bat
     assert len(left_out) > 6, "not the same ones each time"
 
 
-def test_records_that_do_not_fill_a_batch_are_a_batch_together(tokenizer):
+def test_records_too_few_for_a_step_are_a_step_together(tokenizer):
     data = InstructionData(RECORDS[:3], tokenizer, GPTConfig(block_size=256))
     for step in range(3):
         batch = responses(tokenizer, data.training_batch(step)[1])
