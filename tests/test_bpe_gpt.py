@@ -420,6 +420,7 @@ def test_bits_per_byte_compares_vocabularies():
     assert n_bytes == 6 / 7
     assert f"{7 / 6:.3f} bits/byte" in bpe_gpt.describe(math.log(2), n_bytes)
     assert "perplexity 2.00" in bpe_gpt.describe(math.log(2), n_bytes)
+    assert "perplexity" in bpe_gpt.describe(5000.0, n_bytes), "no overflow if training goes wrong"
 
 
 # Training

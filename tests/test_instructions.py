@@ -193,6 +193,13 @@ def test_records_without_an_instruction_or_an_output_are_skipped(tmp_path):
     assert read_records(tmp_path / "x.json") == RECORDS
 
 
+def test_an_input_may_be_null_and_an_answer_a_number(tmp_path):
+    record = {"instruction": "Add 1 and 2.", "input": None, "output": 3}
+    (tmp_path / "x.json").write_text(json.dumps([record]))
+    expected = {"instruction": "Add 1 and 2.", "input": "", "output": "3"}
+    assert read_records(tmp_path / "x.json") == [expected]
+
+
 NEEDED = "x.json: each record needs an instruction and an output"
 
 

@@ -353,6 +353,7 @@ MISTAKES = {
     "a place that cannot be": ("bigram.py --data text.txt --out text.txt/x/y.pt", "text.txt"),
     "a checkpoint that is none": ("char_gpt.py --data text.txt --resume --out bad.pt", "bad.pt"),
     "a model that is none": ("bpe_gpt.py --init gpt7", "gpt7"),
+    "nothing to evaluate": ("bpe_gpt.py --eval_only --data text.txt", "--eval_only needs --init"),
     "a folder without tokens": ("bpe_gpt.py --init x.pt --data .", "x.pt"),
     "a learning rate far too high": (
         "char_gpt.py --data text.txt --n_layer 1 --max_iters 50 --warmup_iters 0 --out x.pt "
