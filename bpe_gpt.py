@@ -81,7 +81,6 @@ SIZES = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1,557,611,200
 }
 SIZE_NAMES = ("vocab_size", "n_layer", "n_head", "n_embd")
-
 # What a CPU trains from scratch unless told otherwise: a smaller model, in 7 minutes.
 CPU_SETTINGS = dict(
     vocab_size=1024, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
@@ -100,8 +99,7 @@ INSTRUCTION_SETTINGS = dict(  # on top; but a model that is fine-tuned keeps its
 # Sequences of characters are long, and each character says little; words are too many to list them
 # all. A token of GPT-2 is something in between: a string of bytes that occurs often, from a single
 # byte to a long word. A text is first split into words: letters (\p{L}), digits (\p{N}) or other
-# signs, each with the space before it; endings such as 's; and what white space is left (all but
-# the last space, if a word follows, which has that one). No token extends over two words.
+# signs, each with the space before it; endings such as 's; white space that is left.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"  # a token between texts; encode() sees it if allowed_special="all"
 
@@ -263,8 +261,7 @@ def make_batch(rows):
     return pad(xs, batch_first=True), pad(ys, batch_first=True, padding_value=-100)
 
 
-# The prompt template of Stanford Alpaca (Taori et al. 2023). GPT-2 continues texts, and a text that
-# looks like this is likely to be continued by a response.
+# Stanford Alpaca's prompt (Taori et al. 2023): a text that is likely to go on with a response.
 TEMPLATE = """Below is an instruction that describes a task{context}. \
 Write a response that appropriately completes the request.
 
@@ -345,12 +342,21 @@ def load_tokens(config, tokenizer):
 # In the shapes below, B is the batch size, T the number of tokens in a sequence, and C = n_embd.
 # Inside the model every token is a vector of C numbers: x is (B, T, C) from beginning to end.
 #
-# PyTorch's functions do what char_gpt.py writes out. nn.LayerNorm shifts and scales each token's
-# vector to mean 0 and variance 1, and applies a learned gain and bias. nn.GELU is a smooth version
-# of max(0, x). In scaled_dot_product_attention, the dot product of a token's query (what it looks
-# for) and another token's key (what that one offers) is a score; softmax turns the scores into
-# weights that sum to 1; the result is the weighted mean of the values (what each token passes on).
-# is_causal hides from every token the ones after it, or it would see what it has to predict.
+# nn.LayerNorm and nn.GELU do what char_gpt.py writes out: the first shifts and scales each token's
+# vector to mean 0 and variance 1, and applies a learned gain and bias; the second is a smooth
+# version of max(0, x).
+
+def attention(q, k, v):
+    """Lets every token gather information from itself and from the tokens before it. The dot
+    products of its query (what it looks for) with their keys (what they offer) are scores. Softmax
+    turns these into weights that sum to 1. The result is the weighted mean of their values (what
+    they pass on). All are (B, n_head, T, head_size). Vaswani et al. 2017, section 3.2.1."""
+    T, head_size = q.shape[-2:]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T)
+    # The causal mask: no token may see the ones after it, or it would see what it has to predict.
+    visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # column <= row
+    return scores.masked_fill(~visible, -math.inf).softmax(dim=-1) @ v
+
 
 class Cache:
     """The keys and values that a block has computed so far. No token sees the ones after it, so
@@ -380,7 +386,6 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         # nn.Linear multiplies by a learned matrix and adds a learned bias. The names are OpenAI's.
-        # (The c is for convolution, since their code treats these layers as such.)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # combines what the heads found
 
@@ -397,6 +402,8 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(k, v)  # (B, n_head, S, head_size): those of earlier tokens, too
         if T == 1:  # a single token, the last one of S, sees all of them: there is nothing to mask
             y = F.scaled_dot_product_attention(q, k, v)
+        elif q.dtype == torch.bfloat16 and q.device.type == "cpu" and T <= 512:
+            y = attention(q, k, v)  # faster there than PyTorch's attention
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # puts the heads' results side by side again
@@ -459,9 +466,8 @@ class GPT(nn.Module):
         self.initialize(config)
 
     def initialize(self, config):
-        """Random weights, because two parts of a layer that start out equal get equal gradients and
-        stay equal. Small ones (0.02 is GPT-2's choice), because small scores are almost a uniform
-        guess: as in bigram.py, the first loss is close to ln(vocab_size)."""
+        """Random weights, since parts of a layer that start out equal stay equal. Small ones (0.02
+        is GPT-2's choice), since small scores are almost a uniform guess, as in bigram.py."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -474,9 +480,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, **settings):
-        """A trained model, in evaluation mode: a name in SIZES, a folder in Hugging Face's format
-        or a checkpoint. Settings are fields of GPTConfig. Raises ValueError for what is damaged or
-        not a GPT-2, OSError for what cannot be downloaded."""
+        """A trained model, in evaluation mode: one of SIZES, a folder in Hugging Face's format or a
+        checkpoint. Raises ValueError for what is damaged, OSError for what cannot be downloaded."""
         return load_pretrained(name_or_path, {}, settings)[0].eval()
 
     def forward(self, idx, targets=None, caches=None):
@@ -513,9 +518,8 @@ def generate(model, idx, max_new_tokens, choose=sample):
     """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
     each new column (B, 1) as soon as it is chosen.
 
-    The model reads idx once, and then only the new tokens. When the context is full, the model sees
-    the last context_size tokens, a window that moves on with each token. Every token in it then has
-    another position than before, so the caches are of no use: the whole window is read again."""
+    The model reads idx once, then only new tokens. When the context is full, it becomes a window
+    that moves on. All positions in it change, so the caches are of no use: it is read again."""
     model.eval()  # not model.train(), in which some models behave differently: see dropout
     caches = []
     for _ in range(max_new_tokens):
@@ -530,10 +534,9 @@ def generate(model, idx, max_new_tokens, choose=sample):
 
 # ---- Training -----------------------------------------------------------------------------------
 
-# `torchrun --nproc_per_node=8 bpe_gpt.py` starts this script in 8 processes, one for each GPU. Each
-# has the whole model, and computes the gradient for its share of a step's sequences. The sum over
-# all processes is the gradient of the step, with which they all make the same step. (Only dropout
-# differs from a run in one process.) The first process alone prints and saves.
+# `torchrun --nproc_per_node=8 bpe_gpt.py` starts 8 processes, one per GPU, with the same model.
+# Each computes the gradient for its share of a step's sequences; the sum over all processes is the
+# gradient of the step. (Only dropout differs from a single process.) The first prints and saves.
 RANK = int(os.environ.get("RANK", 0))
 N_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -776,8 +779,7 @@ def find_tokenizer(model, tokenizer):
     """The tokenizer that came with the model, or else GPT-2's."""
     tokenizer = tokenizer or gpt2_tokenizer()
     if tokenizer.n_vocab != model.config.vocab_size:
-        n = model.config.vocab_size
-        raise ValueError(f"the model has {n} tokens, but its tokenizer has {tokenizer.n_vocab}")
+        raise ValueError(f"the model needs a vocabulary of {model.config.vocab_size} tokens")
     return tokenizer
 
 
@@ -867,8 +869,7 @@ def load_text(path):
 
 
 def load_checkpoint(path, *scripts):
-    """The checkpoint at path, saved by one of scripts. (Such a file could contain code that runs
-    when it is loaded; weights_only=True refuses that.)"""
+    """The checkpoint at path, saved by one of scripts. (weights_only: it cannot contain code.)"""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] in scripts:
@@ -923,8 +924,7 @@ def join_processes(device):
 
 
 def new_or_trained(flags, device):
-    """What a run starts from: its configuration; its checkpoint if it is resumed, or None; and the
-    trained model with its tokenizer that it goes on from, or None and None."""
+    """What a run starts from. If it is new, checkpoint, model and tokenizer are None."""
     config = GPTConfig(**flags)
     small = device.type == "cpu" and not config.full
     settings = CPU_SETTINGS if small else {}

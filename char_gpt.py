@@ -194,7 +194,6 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.by_hand = config.by_hand
         # nn.Linear multiplies by a learned matrix and adds a learned bias. The names are OpenAI's.
-        # (The c is for convolution, since their code treats these layers as such.)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # combines what the heads found
 
@@ -272,9 +271,8 @@ class GPT(nn.Module):
         self.initialize(config)
 
     def initialize(self, config):
-        """Random weights, because two parts of a layer that start out equal get equal gradients and
-        stay equal. Small ones (0.02 is GPT-2's choice), because small scores are almost a uniform
-        guess: as in bigram.py, the first loss is close to ln(vocab_size)."""
+        """Random weights, since parts of a layer that start out equal stay equal. Small ones (0.02
+        is GPT-2's choice), since small scores are almost a uniform guess, as in bigram.py."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -535,8 +533,7 @@ def load_text(path):
 
 
 def load_checkpoint(path, *scripts):
-    """The checkpoint at path, saved by one of scripts. (Such a file could contain code that runs
-    when it is loaded; weights_only=True refuses that.)"""
+    """The checkpoint at path, saved by one of scripts. (weights_only: it cannot contain code.)"""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] in scripts:

@@ -32,7 +32,8 @@ MAY_DIFFER_IN_CHAR_GPT = {
 MAY_DIFFER_IN_BPE_GPT = {
     "train": "data classes instead of arrays, several processes",
     "GPTConfig": "GPT-2's sizes, and settings of its own",
-    "CausalSelfAttention": "keeps keys and values in the cache; PyTorch's attention only",
+    "attention": "the example in numbers stands in char_gpt.py only",
+    "CausalSelfAttention": "keeps keys and values in the cache",
     "MLP": "PyTorch's own GELU, which char_gpt.py writes out",
     "Block": "hands the cache on; PyTorch's own LayerNorm, which char_gpt.py writes out",
     "GPT": "the cache, published weights",
