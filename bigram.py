@@ -9,8 +9,8 @@ and puts a transformer, the kind of model that GPT-2 is, in the table's place.
     python bigram.py --data my_text.txt    # any text file in UTF-8
     python bigram.py --help                # every setting
 
-On Tiny Shakespeare the validation loss falls from ln(65) = 4.17 to 2.49. Counting the pairs of
-characters in the training text finds the best table without training; it reaches 2.48.
+The loss says how badly the model predicts: on Tiny Shakespeare it falls from 4.17 to 2.49. Counting
+the pairs of characters in the text finds the best table without training, with a loss of 2.48.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -88,7 +88,7 @@ def get_batch(data, config, step):
     steps_per_epoch = max(1, n_stretches // B)
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))
-    offset = rng.integers(len(data) - n_stretches * T)
+    offset = rng.integers(len(data) - n_stretches * T)  # so that the last target still exists
     order = rng.permutation(n_stretches)
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
     rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
@@ -98,13 +98,15 @@ def get_batch(data, config, step):
 
 def cross_entropy(logits, targets):
     """The loss: minus the logarithm of the probability that the model gave to the token that really
-    came next, averaged over all positions. A model that is certain and right has a loss of 0; one
-    that guesses uniformly among 65 characters has -ln(1/65) = 4.17.
+    came next, averaged over all positions. (The probability of a whole text is a product of such
+    probabilities. The logarithm turns it into a sum.) A model that is certain and right has a loss
+    of 0; one that guesses uniformly among 65 characters has -ln(1/65) = ln(65) = 4.17.
 
     The logits (B, T, V) are scores, one for each of the V tokens in the vocabulary. Softmax turns
     them into probabilities: exp(score), divided by the sum of all exp(scores). targets: (B, T)."""
     log_probs = logits.log_softmax(dim=-1)  # (B, T, V): the logarithms of these probabilities
-    # gather() picks one entry from each row of V, by the numbers in targets, as (B, T, 1).
+    # At each position, gather() picks one of the V entries, the one whose number is in targets.
+    # These need a last dimension, too, of size 1.
     log_probs_of_targets = log_probs.gather(-1, targets.unsqueeze(-1))  # (B, T, 1)
     return -log_probs_of_targets.mean()
 
@@ -133,11 +135,10 @@ def count_bigrams(data, vocab_size, add=0):
     other one, and use the logarithms of the counts as scores. Softmax turns them into frequencies:
     exp(ln(count)) is the count, and it is divided by the sum of all counts in its row.
 
-    No table has a lower loss on this data. The gradient of the loss with respect to row i is
-    proportional to softmax(row i) minus the frequencies with which characters follow i. It is zero
-    when the two are equal, and the loss (a convex function) has no other minimum. What is left is
-    called the conditional entropy: what remains uncertain about the next character when only the
-    current one is known. To get below it, a model must look further back.
+    No table has a lower loss on this data. For row i, the gradient of the loss is proportional to
+    softmax(row i) minus the frequencies with which characters follow i. It is zero when these are
+    equal, and since the loss is a convex function, that is its minimum: the conditional entropy, or
+    what one character leaves open about the next. A better model has to look further back.
 
     add=1 adds one to every count. Without it, a pair that never occurs in data would have
     probability 0, and a single such pair in the validation text would make the loss infinite."""
@@ -160,7 +161,7 @@ def sample(logits):
 def generate(model, idx, max_new_tokens, choose=sample):
     """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
     each new column (B, 1) as soon as it is chosen."""
-    model.eval()  # not model.train(), in which some models behave differently: see dropout
+    model.eval()  # not for training: turns off dropout, in models that have it
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.context_size :])
         new = choose(logits[:, -1])  # the last position's scores are for the token to come

@@ -60,7 +60,7 @@ class GPTConfig:
     muon_learning_rate: float = 0.02  # of Muon, for the matrices in the blocks; 0: AdamW for all
     warmup_iters: int = 50  # steps over which the learning rates rise from zero
     weight_decay: float = 0.1  # pulls the matrices towards zero, against overfitting
-    grad_clip: float = 1.0  # gradients that are longer than this are scaled down to it
+    grad_clip: float = 1.0  # greatest length of the gradient, as one vector of all parameters
     seed: int = 1337  # of the random numbers: the same seed gives the same run
     full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
@@ -87,21 +87,21 @@ CPU_SETTINGS = dict(
     total_batch_size=2048, max_iters=2400, eval_interval=400, learning_rate=0.002,
     muon_learning_rate=0.025, weight_decay=0.15)
 # Fine-tuning takes a few small steps, so that the model learns the text and forgets little else. It
-# does without Muon, whose steps have the same strength in all directions, needed or not.
+# does without Muon, whose steps are equally strong in all directions: too much for a good model.
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
     muon_learning_rate=0.0, warmup_iters=5)
-INSTRUCTION_SETTINGS = dict(  # on top; but a model that is fine-tuned keeps its own block_size
+INSTRUCTION_SETTINGS = dict(  # with --instructions; block_size only for training from scratch
     block_size=256, batch_size=8, total_batch_size=8192, max_iters=130, eval_interval=65)
 
 # ---- Tokens -------------------------------------------------------------------------------------
 
-# Sequences of characters are long, and each character says little; words are too many to list them
-# all. A token of GPT-2 is something in between: a string of bytes that occurs often, from a single
-# byte to a long word. A text is first split into words: letters (\p{L}), digits (\p{N}) or other
-# signs, each with the space before it; endings such as 's; white space that is left.
+# Sequences of characters are long, and each character says little; there are too many words to list
+# them all. A token of GPT-2 is something in between: a string of bytes that occurs often, from a
+# single byte to a long word. A text is first split into words: letters (\p{L}), digits (\p{N}) or
+# other signs, each with the space before it; endings such as 's; the rest of the white space.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-END_OF_TEXT = "<|endoftext|>"  # a token between texts; encode() sees it if allowed_special="all"
+END_OF_TEXT = "<|endoftext|>"  # a token between texts; encode() needs allowed_special to find it
 
 
 def train_bpe(text, vocab_size):
@@ -154,8 +154,8 @@ def merge(ids, pair, new):
 
 def make_tokenizer(tokens):
     """A tokenizer for a list of tokens, as bytes. In each word, it repeats the merges in the order
-    in which they were learned. The merges themselves need not be stored: two neighbours can be
-    merged if together they are a token, and the lower its number, the earlier it was learned."""
+    in which they were learned. There is no list of merges, since the tokens imply it: a pair can be
+    merged if the result is a token, and the lower its number, the earlier it was learned."""
     ranks = {token: i for i, token in enumerate(tokens)}
     special = {END_OF_TEXT: ranks.pop(END_OF_TEXT.encode())}
     return tiktoken.Encoding("bpe", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
@@ -174,7 +174,7 @@ def gpt2_tokenizer():
 
 # For texts and instructions alike, training_batch() returns the inputs x and targets y of one step,
 # which depend only on the seed and the step, and evaluation_batches() yields all of the data, in
-# batches of batch_size rows. cross_entropy() leaves targets of -100 out of the loss.
+# batches of batch_size rows. PyTorch's cross_entropy() leaves targets of -100 out of the loss.
 
 class TextData:
     """An array of tokens, cut into stretches of block_size tokens, or fewer if it is shorter."""
@@ -190,7 +190,7 @@ class TextData:
     def row(self, start):
         """T inputs from start on, or what is left, and the targets, which come one token later."""
         stretch = torch.from_numpy(self.tokens[start : start + self.T + 1].astype(np.int64))
-        return stretch[:-1], stretch[1:].clone()
+        return stretch[:-1], stretch[1:].clone()  # evaluation_batches() changes the copy
 
     def training_batch(self, step):
         """Every epoch cuts the text at other places, beginning at another offset."""
@@ -212,7 +212,7 @@ class TextData:
         short stride gives more context, but takes more windows."""
         last = len(self.tokens) - 1
         stride = min(self.config.stride or self.T, self.T)
-        starts = range(0, last - self.T + stride, stride)
+        starts = range(0, last - self.T + stride, stride)  # until a window reaches the end
         for i in range(0, len(starts), self.config.batch_size):
             rows = [self.row(start) for start in starts[i : i + self.config.batch_size]]
             for start, (_, y) in zip(starts[i:], rows):
@@ -254,8 +254,8 @@ def shuffled(n_rows, seed, epoch):
 
 
 def make_batch(rows):
-    """Rows (x, y) as one batch. Shorter ones are padded at the end. There, the inputs come after
-    all tokens that could see them, and the targets, -100, do not count."""
+    """Rows (x, y) as one batch. Shorter ones are padded at the end, where no other token sees the
+    inputs, because of the causal mask, and where targets of -100 do not count."""
     xs, ys = zip(*rows)
     pad = nn.utils.rnn.pad_sequence
     return pad(xs, batch_first=True), pad(ys, batch_first=True, padding_value=-100)
@@ -429,7 +429,7 @@ class Block(nn.Module):
 
     This is what makes deep models trainable (He et al. 2015). The derivative of x + f(x) is
     1 + f'(x), and through the 1 the gradient reaches every block undiminished. Layer norm applies
-    only to what a part reads: on the stream itself, it would rescale that gradient every time."""
+    to what attention and MLP read, not to the stream: it would rescale the gradient every time."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -457,7 +457,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd),  # f for final; the sum of all results can be large
         })
-        # From vectors to scores. It needs no bias: that of ln_f reaches the scores, too.
+        # From vectors to scores, without a bias: that of ln_f, times this matrix, does the same.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
@@ -466,8 +466,8 @@ class GPT(nn.Module):
         self.initialize(config)
 
     def initialize(self, config):
-        """Random weights, since parts of a layer that start out equal stay equal. Small ones (0.02
-        is GPT-2's choice), since small scores are almost a uniform guess, as in bigram.py."""
+        """Random weights, since equal rows of a matrix would get equal gradients and stay equal.
+        Small ones (0.02 is GPT-2's choice), since small scores are almost a uniform guess."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -480,13 +480,13 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, **settings):
-        """A trained model, in evaluation mode: one of SIZES, a folder in Hugging Face's format or a
-        checkpoint. Raises ValueError for what is damaged, OSError for what cannot be downloaded."""
+        """For use from Python: a trained model, one of SIZES, a folder in Hugging Face's format or
+        a checkpoint. ValueError: it is damaged. OSError: it cannot be downloaded."""
         return load_pretrained(name_or_path, {}, settings)[0].eval()
 
     def forward(self, idx, targets=None, caches=None):
         """Tokens idx (B, T) to logits (B, T, vocab_size); with targets (B, T), also the loss. With
-        caches, one per block, idx is what follows the tokens in them; then T must be 1."""
+        caches, one per block, idx continues the tokens in them, if there are any by one token."""
         B, T = idx.shape
         start = caches[0].length if caches else 0
         if start + T > self.context_size:
@@ -518,9 +518,9 @@ def generate(model, idx, max_new_tokens, choose=sample):
     """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
     each new column (B, 1) as soon as it is chosen.
 
-    The model reads idx once, then only new tokens. When the context is full, it becomes a window
-    that moves on. All positions in it change, so the caches are of no use: it is read again."""
-    model.eval()  # not model.train(), in which some models behave differently: see dropout
+    The model reads idx once, then only new tokens. A full context becomes a window that moves on
+    with each new token. All positions in it change, so that it is read again, without caches."""
+    model.eval()  # not for training: turns off dropout, in models that have it
     caches = []
     for _ in range(max_new_tokens):
         if not caches or idx.shape[1] > model.context_size:
@@ -558,9 +558,9 @@ def evaluate(model, data):
 
 def make_optimizers(model, config):
     """Muon (Jordan et al. 2024) for the matrices in the blocks: it takes the mean gradient of a
-    matrix, and gives all directions in it the same strength. AdamW (Loshchilov & Hutter 2019) for
-    embeddings, gains and biases, or, with a muon_learning_rate of 0, for all: it moves each number
-    at about the same speed, whatever the size of its gradients. Only matrices get weight decay."""
+    matrix, and gives all directions in it the same strength. For the rest or, if muon_learning_rate
+    is 0, for all, AdamW (Adam with weight decay, Loshchilov & Hutter 2019): it moves each number at
+    about the same speed, however large its gradients. Only matrices get weight decay."""
     matrices = []
     others = []
     for name, p in model.named_parameters():
@@ -586,9 +586,9 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
     decay = (1 + math.cos(math.pi * progress)) / 2
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * min(warmup, decay)  # defaults: as it was made
-    # Dropout sets random numbers inside the model to zero, so that it cannot rely on any single one
-    # and overfits less. train() turns it on, eval() off. Seed and step decide what it drops.
+            group["lr"] = min(warmup, decay) * optimizer.defaults["lr"]  # the rate it was given
+    # Dropout sets some numbers inside the model to zero, at random, so that it cannot rely on any
+    # of them and overfits less. train() turns it on, eval() off. Seed and step decide which.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()
     model.zero_grad()
@@ -712,7 +712,7 @@ DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 # Settings in config.json that change the result. Other values than these are not supported.
 SUPPORTED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5,
                  scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
-# In vocab.json, a byte is a printable character: its own, or one from number 256 on (a space: Ġ).
+# In vocab.json, a byte is its own character or, if that cannot be printed, one from number 256 on.
 PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 LETTERS = dict(zip(PRINTABLE + OTHERS, PRINTABLE + list(range(256, 512))))  # for str.translate()

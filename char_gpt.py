@@ -50,11 +50,11 @@ class GPTConfig:
     max_iters: int = 1400  # steps of gradient descent
     minutes: float = 0.0  # if given, train for this long instead
     eval_interval: int = 200  # steps between evaluations
-    learning_rate: float = 0.006  # of Adam, for embeddings, gains and biases
+    learning_rate: float = 0.006  # of Adam: see make_optimizers()
     muon_learning_rate: float = 0.025  # of Muon, for the matrices in the blocks
     warmup_iters: int = 10  # steps over which the learning rates rise from zero
     weight_decay: float = 0.2  # pulls the matrices towards zero, against overfitting
-    grad_clip: float = 1.0  # gradients that are longer than this are scaled down to it
+    grad_clip: float = 1.0  # greatest length of the gradient, as one vector of all parameters
     seed: int = 1337  # of the random numbers: the same seed gives the same run
     full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
@@ -112,7 +112,7 @@ def get_batch(data, config, step):
     steps_per_epoch = max(1, n_stretches // B)
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))
-    offset = rng.integers(len(data) - n_stretches * T)
+    offset = rng.integers(len(data) - n_stretches * T)  # so that the last target still exists
     order = rng.permutation(n_stretches)
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
     rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
@@ -126,8 +126,8 @@ def get_batch(data, config, step):
 class LayerNorm(nn.Module):
     """Shifts and scales the vector of each token to mean 0 and variance 1, however large it was.
     Then each of the C numbers is multiplied by a learned gain (weight) and a learned bias is added.
-    So the next layer gets a scale that is learned, and that does not drift while the layers before
-    it change. Ba, Kiros & Hinton 2016."""
+    So what reads the vector gets numbers of a scale that was learned for it, whatever happens to
+    the rest of the model in training. Ba, Kiros & Hinton 2016."""
     def __init__(self, config):
         super().__init__()
         self.by_hand = config.by_hand
@@ -144,9 +144,9 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """The activation function: a smooth version of max(0, x). Without such a nonlinearity between
-    them, two linear layers could do no more than one. It is x * P(Z <= x) for a standard normal Z;
-    the constants make tanh a close approximation of that probability. Hendrycks & Gimpel 2016."""
+    """The activation function: a smooth version of max(0, x). It stands between two multiplications
+    by a matrix, which without it would be equal to one. It is x * P(Z <= x) for a standard normal
+    Z; the constants make tanh a close approximation of that. Hendrycks & Gimpel 2016."""
     def __init__(self, config):
         super().__init__()
         self.by_hand = config.by_hand
@@ -160,12 +160,12 @@ class GELU(nn.Module):
 def attention(q, k, v):
     """Lets every token gather information from itself and from the tokens before it.
 
-    Learned matrices compute three vectors from each token: a query (what it is looking for), a key
-    (what it offers) and a value (what it passes on to those that choose it). The dot product of one
-    token's query and another's key, divided by sqrt(head_size), is a score. Scores for later tokens
-    are masked out. Softmax turns the others into attention weights, which sum to 1, and the result
-    is the weighted mean of the values. For example, with T = 3 tokens (a row for each query, a
-    column for each key) and the values 10, 20 and 30:
+    Learned matrices compute three vectors of head_size numbers from each token: a query (what it is
+    looking for), a key (what it offers) and a value (what it passes on to those that choose it).
+    The dot product of one token's query and another's key, divided by sqrt(head_size), is a score.
+    Scores for later tokens are masked out. Softmax turns the others into attention weights, which
+    sum to 1, and the result is the weighted mean of the values. For example, with T = 3 tokens (a
+    row for each query, a column for each key) and values of one number each, 10, 20 and 30:
 
           scores              masked              weights           result
          0.6  1.0 -0.3       0.6 -inf -inf      1.00 0.00 0.00       10.0
@@ -175,9 +175,9 @@ def attention(q, k, v):
     q, k, v and the result are (B, n_head, T, head_size): there are n_head such tables for each
     sequence, as CausalSelfAttention explains. Vaswani et al. 2017, section 3.2.1."""
     T, head_size = q.shape[-2:]
-    # A dot product is a sum of head_size terms. If they are independent, it varies sqrt(head_size)
-    # times as much as one term (its standard deviation). Dividing by that keeps the scores small:
-    # large ones would push the softmax towards 0 and 1, where its gradient vanishes.
+    # The standard deviation of a sum of head_size independent terms is sqrt(head_size) times that
+    # of one term. Dividing by it keeps the scores small, however long the vectors are. Large scores
+    # would push the softmax towards 0 and 1, where its gradient vanishes.
     scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T)
     # The causal mask: no token may see the ones after it, or it would see what it has to predict.
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # column <= row
@@ -235,7 +235,7 @@ class Block(nn.Module):
 
     This is what makes deep models trainable (He et al. 2015). The derivative of x + f(x) is
     1 + f'(x), and through the 1 the gradient reaches every block undiminished. Layer norm applies
-    only to what a part reads: on the stream itself, it would rescale that gradient every time."""
+    to what attention and MLP read, not to the stream: it would rescale the gradient every time."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config)
@@ -262,7 +262,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": LayerNorm(config),  # f for final; the sum of all results can be large
         })
-        # From vectors to scores. It needs no bias: that of ln_f reaches the scores, too.
+        # From vectors to scores, without a bias: that of ln_f, times this matrix, does the same.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
@@ -271,8 +271,8 @@ class GPT(nn.Module):
         self.initialize(config)
 
     def initialize(self, config):
-        """Random weights, since parts of a layer that start out equal stay equal. Small ones (0.02
-        is GPT-2's choice), since small scores are almost a uniform guess, as in bigram.py."""
+        """Random weights, since equal rows of a matrix would get equal gradients and stay equal.
+        Small ones (0.02 is GPT-2's choice), since small scores are almost a uniform guess."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -301,15 +301,18 @@ class GPT(nn.Module):
         # The loss of bigram.py. PyTorch's function takes (N, vocab_size) and (N,), with N = B * T.
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-# What it costs. A block has 12 C^2 parameters: 3 C^2 for queries, keys and values, C^2 for c_proj
-# and 8 C^2 in the MLP. At C = 384, six blocks have 10.62 of the 10.77 million; most of the rest are
-# embeddings. For each token, every matrix is multiplied by a vector: 2 operations per parameter, a
-# multiplication and an addition. Training takes 6, since the backward pass finds two gradients for
-# each matrix product, of its input and of its weights. Attention also compares all pairs of tokens,
-# in another 4 T C operations per token and block: a tenth of the rest at T = 256. Memory holds each
-# parameter, its gradient, the optimizer's one or two means (4 bytes each), and the activations,
-# which the forward pass computes and the backward pass needs again. n_layer and n_embd change all
-# of this, block_size changes attention and the activations, batch_size the activations.
+# What it costs. Parameters: a block has 12 C^2, of which 3 C^2 are for queries, keys and values, C^2
+# for c_proj and 8 C^2 for the MLP. At C = 384, six blocks have 10.62 million of the 10.77 million.
+# Most of the rest are embeddings.
+# Operations: the vector of each token is multiplied by every matrix, which takes a multiplication
+# and an addition, 2 operations, per parameter. Training takes 6, since loss.backward() finds two
+# gradients for each of these products, that of the vector and that of the matrix. Attention also
+# compares every token with up to T others and takes a mean of as many values, in about 4 T C
+# operations per token and block: at T = 256, a tenth of the rest.
+# Memory: 4 bytes for each parameter, each gradient and each mean that an optimizer keeps (one or two
+# per parameter), and for the activations: all numbers between input and loss that backward() needs.
+# n_layer and n_embd change all of this, block_size attention and the activations, and batch_size
+# the activations.
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -322,7 +325,7 @@ def sample(logits):
 def generate(model, idx, max_new_tokens, choose=sample):
     """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
     each new column (B, 1) as soon as it is chosen."""
-    model.eval()  # not model.train(), in which some models behave differently: see dropout
+    model.eval()  # not for training: turns off dropout, in models that have it
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.context_size :])
         new = choose(logits[:, -1])  # the last position's scores are for the token to come
@@ -356,16 +359,16 @@ def make_optimizers(model, config):
     move at about the same speed, whatever the size of their gradients.
 
     Muon (Jordan et al. 2024) looks at a whole matrix. Any matrix can be written as a sum of simple
-    ones (the singular value decomposition). Each of these reads how much of one direction there is
-    in the input, and writes that much of another direction to the output, times a strength, its
-    singular value. In a gradient, a few strengths are large and most are tiny. In the running mean
-    of the gradients, Muon keeps the directions and makes all strengths equal to 1 (approximately,
-    by a few matrix products), so that the model also learns what is rare.
+    ones (the singular value decomposition). Each of these turns one direction of the input into one
+    direction of the output, with a certain strength, its singular value. In the gradient of a
+    matrix, a few strengths are large, those of what is frequent in the text, and most are tiny.
+    Muon takes the running mean of the gradients and makes all its strengths about equal to 1 (by a
+    few matrix products). So what is rare is learned as fast as what is frequent.
 
-    It is for the matrices in the blocks, which turn vectors into vectors. An embedding is looked up
-    row by row, and gains and biases are not matrices: these are left to Adam. Only the matrices in
-    the blocks get weight decay, which shrinks them a little at each step, so that only what the
-    gradients keep asking for becomes large."""
+    Muon is for the matrices in the blocks. Gains and biases are no matrices, and in an embedding
+    each row belongs to a token of its own, whose gradient should not be mixed with others: these
+    are left to Adam. The matrices in the blocks also get weight decay, which shrinks them a little
+    at each step, so that only what the gradients keep asking for becomes large."""
     matrices = []
     others = []
     for name, p in model.named_parameters():
@@ -387,9 +390,9 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
     decay = (1 + math.cos(math.pi * progress)) / 2
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * min(warmup, decay)  # defaults: as it was made
-    # Dropout sets random numbers inside the model to zero, so that it cannot rely on any single one
-    # and overfits less. train() turns it on, eval() off. Seed and step decide what it drops.
+            group["lr"] = min(warmup, decay) * optimizer.defaults["lr"]  # the rate it was given
+    # Dropout sets some numbers inside the model to zero, at random, so that it cannot rely on any
+    # of them and overfits less. train() turns it on, eval() off. Seed and step decide which.
     torch.manual_seed(config.seed * 1_000_003 + step)  # another number for each seed and step
     model.train()
     # Mixed precision: matrix products in bfloat16 where that is faster. It has float32's range, but

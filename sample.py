@@ -103,7 +103,8 @@ def choose(logits, config):
 def beam_search(model, idx, max_new_tokens, width, end):
     """Search for the likeliest text that begins with idx (1, T): extend each of the `width` best
     texts by every token, keep the `width` best of the results, repeat. A text is finished with the
-    token `end`, or after max_new_tokens. Returns lists of new tokens, those of the best text first.
+    token `end`, or after max_new_tokens; `width` of these are enough. Returns their new tokens, the
+    best text first.
 
     The score of a text is its log-probability, the sum of those of its tokens. Every token lowers
     it, so that short texts would win: finished texts are ranked by the mean over their tokens."""
@@ -111,6 +112,7 @@ def beam_search(model, idx, max_new_tokens, width, end):
     scores = torch.zeros(1, 1, device=idx.device)  # of the texts, (number of texts, 1)
     finished = []
     caches = []
+    # Caches can be used until the context is full, as in bpe_gpt.generate().
     if isinstance(model, bpe_gpt.GPT) and idx.shape[1] + max_new_tokens <= model.context_size:
         caches = [bpe_gpt.Cache(model.context_size) for _ in model.transformer.h]
     for n in range(1, max_new_tokens + 1):
@@ -148,7 +150,7 @@ def continuations(model, idx, end, config):
 
 def read_row(i, columns, seen):
     """Yields the tokens of text number i. All texts grow together, by one column (B, 1) of tokens
-    at a time. Whichever text is the first to need a column keeps it in `seen`, for the others."""
+    at a time. `seen` has all columns so far; when they are used up, the next one is generated."""
     for n in itertools.count():
         if n == len(seen):
             column = next(columns, None)
@@ -213,8 +215,8 @@ def next_log_probs(model, idx):
 
 def show_probs(model, tokenizer, ids):
     """A line for each token but the first: its probability, its rank among all tokens, and the
-    likeliest other tokens. On a terminal, five colours from blue to red show how surprising it was,
-    which is minus the logarithm of its probability: less than 2 bits, 4, 6, 8, or more."""
+    likeliest other tokens. On a terminal, colours from blue to red show how surprising it was, in
+    bits (minus the logarithm of its probability): up to 2, 4, 6, 8, or more."""
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     log_probs = next_log_probs(model, torch.tensor([ids[:-1]]))
     targets = ids[1:]
