@@ -301,16 +301,16 @@ class GPT(nn.Module):
         # The loss of bigram.py. PyTorch's function takes (N, vocab_size) and (N,), with N = B * T.
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-# What it costs. Parameters: a block has 12 C^2, of which 3 C^2 are for queries, keys and values, C^2
-# for c_proj and 8 C^2 for the MLP. At C = 384, six blocks have 10.62 million of the 10.77 million.
-# Most of the rest are embeddings.
+# What it costs. Parameters: a block has 12 C^2, 3 C^2 of them for queries, keys and values, C^2 for
+# c_proj and 8 C^2 for the MLP. At C = 384, six blocks have 10.62 million of the 10.77 million. Most
+# of the rest are embeddings.
 # Operations: the vector of each token is multiplied by every matrix, which takes a multiplication
 # and an addition, 2 operations, per parameter. Training takes 6, since loss.backward() finds two
 # gradients for each of these products, that of the vector and that of the matrix. Attention also
 # compares every token with up to T others and takes a mean of as many values, in about 4 T C
 # operations per token and block: at T = 256, a tenth of the rest.
-# Memory: 4 bytes for each parameter, each gradient and each mean that an optimizer keeps (one or two
-# per parameter), and for the activations: all numbers between input and loss that backward() needs.
+# Memory: 4 bytes for each parameter, its gradient and the one or two means of it that an optimizer
+# keeps, and for the activations: all the numbers between input and loss that backward() needs.
 # n_layer and n_embd change all of this, block_size attention and the activations, and batch_size
 # the activations.
 
