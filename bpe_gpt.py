@@ -91,7 +91,7 @@ CPU_SETTINGS = dict(
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
     muon_learning_rate=0.0, warmup_iters=5)
-INSTRUCTION_SETTINGS = dict(  # with --instructions; block_size only for training from scratch
+INSTRUCTION_SETTINGS = dict(  # with --instructions; a fine-tuned model keeps its own block_size
     block_size=256, batch_size=8, total_batch_size=8192, max_iters=130, eval_interval=65)
 
 # ---- Tokens -------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ INSTRUCTION_SETTINGS = dict(  # with --instructions; block_size only for trainin
 # Sequences of characters are long, and each character says little; there are too many words to list
 # them all. A token of GPT-2 is something in between: a string of bytes that occurs often, from a
 # single byte to a long word. A text is first split into words: letters (\p{L}), digits (\p{N}) or
-# other signs, each with the space before it; endings such as 's; the rest of the white space.
+# other signs, each with the space before it; endings such as 's; white space, less such a space.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"  # a token between texts; encode() needs allowed_special to find it
 
@@ -212,7 +212,7 @@ class TextData:
         short stride gives more context, but takes more windows."""
         last = len(self.tokens) - 1
         stride = min(self.config.stride or self.T, self.T)
-        starts = range(0, last - self.T + stride, stride)  # until a window reaches the end
+        starts = range(0, last - self.T + stride, stride)  # the last is the first to reach the end
         for i in range(0, len(starts), self.config.batch_size):
             rows = [self.row(start) for start in starts[i : i + self.config.batch_size]]
             for start, (_, y) in zip(starts[i:], rows):
@@ -457,7 +457,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd),  # f for final; the sum of all results can be large
         })
-        # From vectors to scores, without a bias: that of ln_f, times this matrix, does the same.
+        # From vectors to scores. No bias is needed: ln_f adds one to every x, before this matrix.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
@@ -466,8 +466,8 @@ class GPT(nn.Module):
         self.initialize(config)
 
     def initialize(self, config):
-        """Random weights, since equal rows of a matrix would get equal gradients and stay equal.
-        Small ones (0.02 is GPT-2's choice), since small scores are almost a uniform guess."""
+        """Random weights, since equal rows of a layer's matrix would get equal gradients and stay
+        equal. Small ones (0.02 is GPT-2's choice): small scores are almost a uniform guess."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -486,7 +486,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, caches=None):
         """Tokens idx (B, T) to logits (B, T, vocab_size); with targets (B, T), also the loss. With
-        caches, one per block, idx continues the tokens in them, if there are any by one token."""
+        caches, one per block, idx continues the tokens in them (by one, if there are any)."""
         B, T = idx.shape
         start = caches[0].length if caches else 0
         if start + T > self.context_size:
@@ -519,7 +519,7 @@ def generate(model, idx, max_new_tokens, choose=sample):
     each new column (B, 1) as soon as it is chosen.
 
     The model reads idx once, then only new tokens. A full context becomes a window that moves on
-    with each new token. All positions in it change, so that it is read again, without caches."""
+    with each new token. All positions in it change, so that it is read again, into new caches."""
     model.eval()  # not for training: turns off dropout, in models that have it
     caches = []
     for _ in range(max_new_tokens):
@@ -715,7 +715,7 @@ SUPPORTED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5,
 # In vocab.json, a byte is its own character or, if that cannot be printed, one from number 256 on.
 PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
-LETTERS = dict(zip(PRINTABLE + OTHERS, PRINTABLE + list(range(256, 512))))  # for str.translate()
+LETTERS = dict(zip(PRINTABLE + OTHERS, PRINTABLE + list(range(256, 512))))  # for translate()
 HUB = "https://huggingface.co/openai-community"
 PUBLISHED = {  # revision, and SHA-256 of model.safetensors where it is known
     "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e",
@@ -915,7 +915,7 @@ def join_processes(device):
     if N_PROCESSES > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # its number on this machine
-        # They find each other in a store. In it, the prefix keeps apart what a restart has left.
+        # They meet in a store, which outlives a restart. The prefix sets their entries apart.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(store=store, rank=RANK, world_size=N_PROCESSES)
@@ -924,7 +924,7 @@ def join_processes(device):
 
 
 def new_or_trained(flags, device):
-    """What a run starts from. If it is new, checkpoint, model and tokenizer are None."""
+    """What a run starts from: configuration, checkpoint, model, tokenizer; None for what is new."""
     config = GPTConfig(**flags)
     small = device.type == "cpu" and not config.full
     settings = CPU_SETTINGS if small else {}
@@ -983,7 +983,7 @@ def main():
     if config.eval_only:
         return
     if checkpoint["first_batch"] != first_batch:
-        raise ValueError(f"--resume: {config.out} began with another text, block_size or seed")
+        raise ValueError(f"--resume: {config.out} began with another text, batch, context or seed")
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
     checkpoint["config"] = vars(config)
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)

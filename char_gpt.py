@@ -112,7 +112,7 @@ def get_batch(data, config, step):
     steps_per_epoch = max(1, n_stretches // B)
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))
-    offset = rng.integers(len(data) - n_stretches * T)  # so that the last target still exists
+    offset = rng.integers(len(data) - n_stretches * T)  # anywhere in what is left over
     order = rng.permutation(n_stretches)
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
     rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
@@ -126,8 +126,8 @@ def get_batch(data, config, step):
 class LayerNorm(nn.Module):
     """Shifts and scales the vector of each token to mean 0 and variance 1, however large it was.
     Then each of the C numbers is multiplied by a learned gain (weight) and a learned bias is added.
-    So what reads the vector gets numbers of a scale that was learned for it, whatever happens to
-    the rest of the model in training. Ba, Kiros & Hinton 2016."""
+    So the next layer always gets numbers of about the same scale, and one that was learned for it.
+    Ba, Kiros & Hinton 2016."""
     def __init__(self, config):
         super().__init__()
         self.by_hand = config.by_hand
@@ -145,8 +145,8 @@ class LayerNorm(nn.Module):
 
 class GELU(nn.Module):
     """The activation function: a smooth version of max(0, x). It stands between two multiplications
-    by a matrix, which without it would be equal to one. It is x * P(Z <= x) for a standard normal
-    Z; the constants make tanh a close approximation of that. Hendrycks & Gimpel 2016."""
+    by a matrix, which without it would equal a single one. It is x * P(Z <= x), with Z a standard
+    normal variable; the constants make tanh a close approximation. Hendrycks & Gimpel 2016."""
     def __init__(self, config):
         super().__init__()
         self.by_hand = config.by_hand
@@ -262,7 +262,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": LayerNorm(config),  # f for final; the sum of all results can be large
         })
-        # From vectors to scores, without a bias: that of ln_f, times this matrix, does the same.
+        # From vectors to scores. No bias is needed: ln_f adds one to every x, before this matrix.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
@@ -271,8 +271,8 @@ class GPT(nn.Module):
         self.initialize(config)
 
     def initialize(self, config):
-        """Random weights, since equal rows of a matrix would get equal gradients and stay equal.
-        Small ones (0.02 is GPT-2's choice), since small scores are almost a uniform guess."""
+        """Random weights, since equal rows of a layer's matrix would get equal gradients and stay
+        equal. Small ones (0.02 is GPT-2's choice): small scores are almost a uniform guess."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -304,15 +304,14 @@ class GPT(nn.Module):
 # What it costs. Parameters: a block has 12 C^2, 3 C^2 of them for queries, keys and values, C^2 for
 # c_proj and 8 C^2 for the MLP. At C = 384, six blocks have 10.62 million of the 10.77 million. Most
 # of the rest are embeddings.
-# Operations: the vector of each token is multiplied by every matrix, which takes a multiplication
+# Operations: to predict, the vector of each token is multiplied by every matrix: a multiplication
 # and an addition, 2 operations, per parameter. Training takes 6, since loss.backward() finds two
 # gradients for each of these products, that of the vector and that of the matrix. Attention also
 # compares every token with up to T others and takes a mean of as many values, in about 4 T C
 # operations per token and block: at T = 256, a tenth of the rest.
-# Memory: 4 bytes for each parameter, its gradient and the one or two means of it that an optimizer
-# keeps, and for the activations: all the numbers between input and loss that backward() needs.
-# n_layer and n_embd change all of this, block_size attention and the activations, and batch_size
-# the activations.
+# Memory: 4 bytes for each parameter, its gradient and one or two means of its gradients (see
+# make_optimizers), and for the activations: all numbers between input and loss. n_layer and n_embd
+# change all of this, block_size mostly attention and the activations, batch_size the activations.
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -361,9 +360,9 @@ def make_optimizers(model, config):
     Muon (Jordan et al. 2024) looks at a whole matrix. Any matrix can be written as a sum of simple
     ones (the singular value decomposition). Each of these turns one direction of the input into one
     direction of the output, with a certain strength, its singular value. In the gradient of a
-    matrix, a few strengths are large, those of what is frequent in the text, and most are tiny.
-    Muon takes the running mean of the gradients and makes all its strengths about equal to 1 (by a
-    few matrix products). So what is rare is learned as fast as what is frequent.
+    matrix, a few strengths are large, and the others can be hundreds of times smaller. From the
+    running mean of the gradients, Muon makes a matrix with the same directions, in which all
+    strengths are about 1. So the model also learns what the few strong directions would hide.
 
     Muon is for the matrices in the blocks. Gains and biases are no matrices, and in an embedding
     each row belongs to a token of its own, whose gradient should not be mixed with others: these

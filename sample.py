@@ -301,8 +301,8 @@ def plot_attention(weights, names, path):
 
 
 def show_shapes(model, ids):
-    """A line for each module that has no modules inside, in the order in which they run. Attention
-    itself is a function and has no line: it comes between c_attn and c_proj."""
+    """A line for each module that has no modules inside, in the order in which they run, but for
+    dropout. Attention is a function and has no line: it comes between c_attn and c_proj."""
     names = {module: name for name, module in model.named_modules()}
     counted = set()  # the parameters so far, since lm_head has the same as wte
 
