@@ -5,7 +5,7 @@ bigram.py predicts the next character from the current one alone. Here each pred
 evaluation are the same as there; the model and its training are new.
 
     python char_gpt.py                # a GPU trains the full model, a CPU a small one in 3 minutes
-    python char_gpt.py --full         # the full 6-layer, 384-wide model on a CPU too: 35 minutes
+    python char_gpt.py --full         # the full 6-layer, 384-wide model on a CPU too: 36 minutes
     python char_gpt.py --minutes 10   # as many steps as fit into ten minutes
     python char_gpt.py --resume       # continue a run that was stopped
 
