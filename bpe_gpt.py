@@ -702,20 +702,13 @@ def report(checkpoint, model, tokenizer, val_data, config):
         ids += [new.item() for new in generate(model, idx, 60)]
         print("    | " + tokenizer.decode(ids).strip().replace("\n", "\n    | "))
 
-# ---- Weights in Hugging Face's format -----------------------------------------------------------
+# ---- Published weights --------------------------------------------------------------------------
 
-# This part reads files, and can be skipped. A folder has the sizes of a model (config.json) and its
-# parameters, by the names that they have here (model.safetensors). Three kinds are transposed:
-# OpenAI's layers compute x @ weight, nn.Linear x @ weight.T.
+# This part reads files, and can be skipped. Hugging Face has OpenAI's parameters in a file, by the
+# names that they have here. Three kinds are transposed: OpenAI's layers compute x @ weight,
+# nn.Linear computes x @ weight.T.
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
-# Settings in config.json that change the result. Other values than these are not supported.
-SUPPORTED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5,
-                 scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
-# In vocab.json, a byte is its own character or, if that cannot be printed, one from number 256 on.
-PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-OTHERS = [b for b in range(256) if b not in PRINTABLE]
-LETTERS = dict(zip(PRINTABLE + OTHERS, PRINTABLE + list(range(256, 512))))  # for translate()
 HUB = "https://huggingface.co/openai-community"
 PUBLISHED = {  # revision, and SHA-256 of model.safetensors where it is known
     "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e",
@@ -727,15 +720,12 @@ PUBLISHED = {  # revision, and SHA-256 of model.safetensors where it is known
 }
 
 
-def find_weights(name_or_path):
-    """The file that has the weights. A published model's is downloaded if it is missing."""
-    path = Path(name_or_path)
-    if name_or_path not in SIZES:
-        return path / "model.safetensors" if path.is_dir() else path
-    path = DATA / name_or_path / "model.safetensors"
+def find_weights(name):
+    """The file with the weights of a published model, which is downloaded if it is missing."""
+    path = DATA / name / "model.safetensors"
     if not path.exists():
-        revision, sha256 = PUBLISHED[name_or_path]
-        url = f"{HUB}/{name_or_path}/resolve/{revision}/model.safetensors"
+        revision, sha256 = PUBLISHED[name]
+        url = f"{HUB}/{name}/resolve/{revision}/model.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)  # seconds to wait for an answer
         try:
@@ -746,19 +736,23 @@ def find_weights(name_or_path):
 
 
 def load_pretrained(name_or_path, settings, flags):
-    """A trained model, and its tokenizer (None if there is none beside the weights). Settings and
-    flags are fields of GPTConfig. The model has its own sizes; only block_size may be smaller."""
-    path = find_weights(name_or_path)
+    """A trained model, and its tokenizer (None if it is GPT-2's own). Settings and flags are fields
+    of GPTConfig. The model has its own sizes; only block_size may be smaller."""
+    path = find_weights(name_or_path) if name_or_path in SIZES else Path(name_or_path)
     try:
-        if path.suffix == ".safetensors":
-            sizes = SIZES.get(name_or_path) or read_config(path.parent / "config.json")
+        tokens = None
+        if name_or_path in SIZES:
+            sizes = SIZES[name_or_path]
             state = read_safetensors(path)
-            tokenizer = read_tokenizer(path.parent)
+        elif path.is_dir():
+            sys.path.append(str(DATA))
+            import hugging_face  # data/hugging_face.py reads any folder in Hugging Face's format
+            sizes, state, tokens = hugging_face.read_folder(path)
         else:
             checkpoint = load_checkpoint(path, "bpe_gpt")
             sizes = {name: checkpoint["config"][name] for name in SIZE_NAMES}
             state = checkpoint["model"]
-            tokenizer = make_tokenizer(checkpoint["vocab"])
+            tokens = checkpoint["vocab"]
         wpe = state["transformer.wpe.weight"]
         config = GPTConfig(**settings | {"block_size": len(wpe)} | sizes | flags)
         if config.n_head != sizes["n_head"]:  # of the sizes, the only one not seen in the weights
@@ -769,7 +763,7 @@ def load_pretrained(name_or_path, settings, flags):
             model = GPT(config)
         model.load_state_dict(state, assign=True)  # strict: none may be missing, none left over
         model.lm_head.weight = model.transformer.wte.weight
-        return model, tokenizer
+        return model, make_tokenizer(tokens) if tokens else None
     except Exception as error:  # there are many ways in which a damaged file can fail to load
         reason = " ".join(str(error).split())  # on one line
         raise ValueError(f"cannot load {path}: {type(error).__name__}: {reason:.300}") from None
@@ -781,14 +775,6 @@ def find_tokenizer(model, tokenizer):
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"the model needs a vocabulary of {model.config.vocab_size} tokens")
     return tokenizer
-
-
-def read_config(path):
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in SUPPORTED.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{name} is {config[name]}; only {value} is supported")
-    return {name: config[name] for name in SIZE_NAMES}
 
 
 def read_safetensors(path):
@@ -808,21 +794,6 @@ def read_safetensors(path):
             tensor = tensor.t()
         state[name] = tensor.clone(memory_format=torch.contiguous_format).float()
     return state
-
-
-def read_tokenizer(folder):
-    """From vocab.json, or else tokenizer.json; None if there is neither. The rest is taken to be as
-    in GPT-2: how texts are split into words, and that token numbers give the order of merges."""
-    files = [*folder.glob("vocab.json"), *folder.glob("tokenizer.json")]
-    if not files:
-        return None
-    numbers = json.loads(files[0].read_text(encoding="utf-8"))
-    if "added_tokens" in numbers:
-        added = {token["content"]: token["id"] for token in numbers["added_tokens"]}
-        numbers = numbers["model"]["vocab"] | added
-    byte = {letter: b for b, letter in LETTERS.items()}
-    words = sorted(numbers, key=numbers.get)
-    return make_tokenizer([word.translate(byte).encode("latin-1") for word in words])
 
 # ---- Files and flags ----------------------------------------------------------------------------
 

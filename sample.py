@@ -374,7 +374,7 @@ class Characters(CharTokenizer):
 
 def load_model(name):
     """Model, tokenizer and checkpoint. For a published model or a folder, that is an empty dict."""
-    no_checkpoint = name in bpe_gpt.SIZES or os.path.isdir(name) or name.endswith(".safetensors")
+    no_checkpoint = name in bpe_gpt.SIZES or os.path.isdir(name)
     checkpoint = {} if no_checkpoint else load_checkpoint(name, *CHARACTER_MODELS, "bpe_gpt")
     if no_checkpoint or checkpoint["script"] == "bpe_gpt":
         model, tokenizer = bpe_gpt.load_pretrained(name, {}, {})

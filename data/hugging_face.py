@@ -1,0 +1,277 @@
+"""Models in Hugging Face's format: this writes them, and reads them for bpe_gpt.py and sample.py.
+
+    python data/hugging_face.py out/bpe_gpt.pt my_gpt2     # a checkpoint becomes a new folder
+    python sample.py my_gpt2                               # reads it
+
+Then, in Python: transformers.GPT2LMHeadModel.from_pretrained("my_gpt2"). Such a folder has the
+weights (model.safetensors), the sizes (config.json) and the vocabulary (vocab.json and merges.txt,
+or tokenizer.json). Others' folders may ask for something that bpe_gpt.py does not do. Those are
+refused: to compute something else without a word would be worse.
+"""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy", "tiktoken", "regex"]
+# ///
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import bpe_gpt
+
+# Settings in config.json that change what a GPT-2 computes. Only these values are supported. Of the
+# other settings, the sizes are read, and the rest changes nothing here (dropout, for example).
+SUPPORTED = dict(
+    model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
+    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
+    tie_word_embeddings=True, quantization_config=None)
+
+# In vocab.json, a byte is its own character or, if that cannot be printed, one from number 256 on.
+# A space is "Ġ".
+PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+OTHERS = [b for b in range(256) if b not in PRINTABLE]
+LETTER = dict(zip(PRINTABLE + OTHERS, PRINTABLE + list(range(256, 512))))
+BYTE = {letter: byte for byte, letter in LETTER.items()}
+
+# ---- Reading ------------------------------------------------------------------------------------
+
+def read_folder(folder):
+    """The sizes (fields of bpe_gpt.GPTConfig), the parameters (as in GPT.state_dict()) and the
+    tokens (a list of bytes, or None if no vocabulary is in the folder, which then is GPT-2's).
+    Raises ValueError, with the reason, if the model is damaged or not a GPT-2 like ours."""
+    folder = Path(folder)
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        raise ValueError("there is no model.safetensors. Several files, or another format, become "
+                         "this one by model.save_pretrained(folder, max_shard_size='100GB')")
+    sizes = read_config(folder / "config.json")
+    header, body = read_header(weights)
+    check_tensors(header, body)
+    state = bpe_gpt.read_safetensors(weights)
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has numbers that are infinite or NaN")
+    wte = state["transformer.wte.weight"]
+    tokens = read_vocabulary(folder)
+    n_tokens = 50257 if tokens is None else len(tokens)
+    if len(wte) < n_tokens:
+        if tokens is not None:
+            raise ValueError(f"the model has {len(wte)} tokens, its vocabulary {n_tokens}")
+        raise ValueError(f"the model has {len(wte)} tokens, but no vocabulary is in the folder")
+    # Some models have rows without a token, to make the matrix a rounder size: they are left out.
+    state["transformer.wte.weight"] = wte[:n_tokens]
+    sizes["vocab_size"] = n_tokens
+    return sizes, state, tokens
+
+
+def read_config(path):
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in SUPPORTED.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name} is {config[name]}; only {value} is supported")
+    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
+        raise ValueError(f"n_inner is {config['n_inner']}; only 4 * n_embd is supported")
+    return {name: config[name] for name in bpe_gpt.SIZE_NAMES}
+
+
+def read_header(path):
+    """The entries of a safetensors file by name, and its numbers as bytes."""
+    def no_name_twice(pairs):
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError("a tensor is in the file twice")
+        return dict(pairs)
+
+    data = np.memmap(path, np.uint8, mode="r")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes(), object_pairs_hook=no_name_twice)
+    header.pop("__metadata__", None)
+    return header, data[start:]
+
+
+def check_tensors(header, body):
+    """The tensors must follow each other without gap or overlap, from the first byte to the last,
+    and have the sizes that their shapes say. Those that bpe_gpt.py does not read must say nothing
+    that it does not know."""
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = entry["data_offsets"]
+        if first != end or last < first:
+            raise ValueError(f"{name} does not begin where the tensor before it ends")
+        end = last
+        if entry["dtype"] in bpe_gpt.DTYPES:
+            size = bpe_gpt.DTYPES[entry["dtype"]].itemsize
+            if last - first != size * math.prod(entry["shape"]):
+                raise ValueError(f"{name} has another size than its shape says")
+        elif not name.endswith((".attn.bias", ".attn.masked_bias")):
+            raise ValueError(f"{name} has the type {entry['dtype']}, which is not supported")
+    if end != len(body):
+        raise ValueError(f"the file has {len(body)} bytes of numbers, its tensors {end}")
+
+    def numbers(name):
+        first, last = header[name]["data_offsets"]
+        return bytes(body[first:last])
+
+    for name, entry in header.items():
+        if name.endswith(".attn.bias") and entry["dtype"] in ("U8", "BOOL", "F32"):
+            kind = {"U8": np.uint8, "BOOL": np.bool_, "F32": np.float32}[entry["dtype"]]
+            mask = np.frombuffer(numbers(name), kind).reshape(entry["shape"])
+            if not np.array_equal(mask, np.tril(np.ones(entry["shape"], kind))):
+                raise ValueError(f"{name} is not the causal mask")
+    if "lm_head.weight" in header:
+        wte = "transformer.wte.weight" if "transformer.wte.weight" in header else "wte.weight"
+        if numbers("lm_head.weight") != numbers(wte):
+            raise ValueError("lm_head.weight is not equal to wte.weight; they must be tied")
+
+
+def read_vocabulary(folder):
+    """The tokens as bytes, by their numbers. bpe_gpt.py splits a text into words by GPT-2's rule,
+    and takes the order of merges from the numbers of tokens: both must be so here, too."""
+    vocab = folder / "vocab.json"
+    tokenizer = folder / "tokenizer.json"
+    added = {}
+    if tokenizer.exists():
+        content = json.loads(tokenizer.read_text(encoding="utf-8"))
+        check_tokenizer(content)
+        numbers = content["model"]["vocab"]
+        merges = content["model"]["merges"]
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+    elif vocab.exists():
+        numbers = json.loads(vocab.read_text(encoding="utf-8"))
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [line for line in lines if line and not line.startswith("#version")]
+    else:
+        return None
+    if (folder / "added_tokens.json").exists():
+        added |= json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
+    for token in added:
+        if token != bpe_gpt.END_OF_TEXT:
+            raise ValueError(f"the added token {token!r} is not supported")
+    numbers = numbers | added
+    if sorted(numbers.values()) != list(range(len(numbers))):
+        raise ValueError("the numbers of the tokens have gaps, or are used twice")
+    words = sorted(numbers, key=numbers.get)
+    if bpe_gpt.END_OF_TEXT not in numbers:
+        raise ValueError(f"there is no token {bpe_gpt.END_OF_TEXT}")
+    check_merges(merges, numbers)
+    return [word.translate(BYTE).encode("latin-1") for word in words]
+
+
+def check_tokenizer(content):
+    """Compares a tokenizer.json with what GPT-2's says."""
+    expected = {
+        "normalizer": None, "model.type": "BPE", "model.dropout": None,
+        "model.continuing_subword_prefix": "", "model.end_of_word_suffix": "",
+        "model.byte_fallback": False, "pre_tokenizer.type": "ByteLevel",
+        "pre_tokenizer.add_prefix_space": False, "pre_tokenizer.use_regex": True,
+    }
+    for path, value in expected.items():
+        found = content
+        for name in path.split("."):
+            found = (found or {}).get(name, value)
+        if (found or value) != value or (value and not found):
+            raise ValueError(f"{path} in tokenizer.json is {found}; only {value} is supported")
+
+
+def check_merges(merges, numbers):
+    """Each token but the single bytes must come from a merge, in the order of the numbers."""
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    made = ["".join(pair) for pair in pairs]
+    bytes_ = {chr(letter) for letter in LETTER.values()}
+    if missing := bytes_ - numbers.keys():
+        raise ValueError(f"{len(missing)} of the 256 single bytes are no tokens")
+    if set(made) != numbers.keys() - bytes_ - {bpe_gpt.END_OF_TEXT}:
+        raise ValueError("the merges do not make the tokens of the vocabulary")
+    order = [numbers[word] for word in made]
+    if order != sorted(order):
+        raise ValueError("the numbers of the tokens are not in the order of the merges")
+
+# ---- Writing ------------------------------------------------------------------------------------
+
+def export(model, tokenizer, folder):
+    """Write a GPT and its tokenizer to the folder. Raises ValueError if something is in it: other
+    files, such as an older vocabulary, might be taken for parts of this model."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(model, folder / "model.safetensors")
+    write_config(model, tokenizer, folder / "config.json")
+    write_vocabulary(tokenizer, folder)
+
+
+def write_weights(model, path):
+    header = {"__metadata__": {"format": "pt"}}
+    arrays = []
+    end = 0
+    for name, p in model.named_parameters():  # each once: lm_head is wte
+        array = p.detach().numpy()
+        if name.endswith(bpe_gpt.TRANSPOSED):
+            array = np.ascontiguousarray(array.T)
+        arrays.append(array)
+        place = (end, end + array.nbytes)
+        header[name] = dict(dtype="F32", shape=array.shape, data_offsets=place)
+        end += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of 8
+    with bpe_gpt.replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        file.writelines(arrays)
+
+
+def write_config(model, tokenizer, path):
+    config = {name: getattr(model.config, name) for name in bpe_gpt.SIZE_NAMES}
+    config |= {name: value for name, value in SUPPORTED.items() if value is not None}
+    config |= dict(n_positions=model.context_size, n_inner=None,
+                   bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def words_of(tokenizer):
+    """The tokens as strings of printable characters, in the order of their numbers."""
+    tokens = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
+    return [token.decode("latin-1").translate(LETTER) for token in tokens]
+
+
+def write_vocabulary(tokenizer, folder):
+    """vocab.json has the number of each token, merges.txt the two parts of each merge. These have
+    to be found again: repeat the merges of a token until only the last one is left."""
+    words = words_of(tokenizer)
+    numbers = {word: i for i, word in enumerate(words)}
+    merges = ["#version: 0.2"]
+    for word in words:
+        if len(word) > 1 and word != bpe_gpt.END_OF_TEXT:
+            parts = list(word)
+            while len(parts) > 2:
+                pairs = [numbers.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
+                i = pairs.index(min(pairs))  # the pair that was learned first
+                parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            merges.append(" ".join(parts))
+    (folder / "vocab.json").write_text(json.dumps(numbers), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a checkpoint of bpe_gpt.py")
+    parser.add_argument("folder", help="a new folder")
+    args = parser.parse_args()
+    model, tokenizer = bpe_gpt.load_pretrained(args.model, {}, {})
+    export(model, bpe_gpt.find_tokenizer(model, tokenizer), args.folder)
+    print(f"saved {args.folder}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
