@@ -60,11 +60,9 @@ def read_folder(folder):
             raise ValueError(f"{name} has numbers that are infinite or NaN")
     wte = state["transformer.wte.weight"]
     tokens = read_vocabulary(folder)
-    n_tokens = 50257 if tokens is None else len(tokens)
-    if len(wte) < n_tokens:
-        if tokens is not None:
-            raise ValueError(f"the model has {len(wte)} tokens, its vocabulary {n_tokens}")
-        raise ValueError(f"the model has {len(wte)} tokens, but no vocabulary is in the folder")
+    n_tokens = min(len(wte), 50257) if tokens is None else len(tokens)
+    if sizes["vocab_size"] != len(wte) or n_tokens > len(wte):
+        raise ValueError(f"there are {len(wte)} embeddings for {n_tokens} tokens")
     # Some models have rows without a token, to make the matrix a rounder size: they are left out.
     state["transformer.wte.weight"] = wte[:n_tokens]
     sizes["vocab_size"] = n_tokens
@@ -165,19 +163,22 @@ def read_vocabulary(folder):
 
 
 def check_tokenizer(content):
-    """Compares a tokenizer.json with what GPT-2's says."""
+    """Compares a tokenizer.json with what GPT-2's says. (Older files leave some of this out.)"""
+    if content.get("normalizer") is not None:
+        raise ValueError("tokenizer.json has a normalizer, which is not supported")
     expected = {
-        "normalizer": None, "model.type": "BPE", "model.dropout": None,
-        "model.continuing_subword_prefix": "", "model.end_of_word_suffix": "",
-        "model.byte_fallback": False, "pre_tokenizer.type": "ByteLevel",
-        "pre_tokenizer.add_prefix_space": False, "pre_tokenizer.use_regex": True,
+        "pre_tokenizer": dict(type="ByteLevel", add_prefix_space=False, use_regex=True),
+        "model": dict(type="BPE", dropout=None, continuing_subword_prefix="",
+                      end_of_word_suffix="", byte_fallback=False),
     }
-    for path, value in expected.items():
-        found = content
-        for name in path.split("."):
-            found = (found or {}).get(name, value)
-        if (found or value) != value or (value and not found):
-            raise ValueError(f"{path} in tokenizer.json is {found}; only {value} is supported")
+    for part, settings in expected.items():
+        found = content[part]
+        if found is None:
+            raise ValueError(f"tokenizer.json has no {part}")
+        for name, value in settings.items():
+            if (found.get(name, value) or None) != (value or None):  # "" and null are the same
+                raise ValueError(f"{part}.{name} in tokenizer.json is {found[name]!r}; only "
+                                 f"{value!r} is supported")
 
 
 def check_merges(merges, numbers):

@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import bpe_gpt
 import char_gpt
-import export
+import hugging_face
 
 DEVICE = char_gpt.pick_device("auto")
 FAST = char_gpt.pick_dtype("auto", DEVICE)
@@ -436,7 +436,7 @@ def main():
             torch.manual_seed(0)
             tokens = [*(bytes([b]) for b in range(256)), bpe_gpt.END_OF_TEXT.encode()]
             model = bpe_gpt.GPT(bpe_gpt.GPTConfig())
-            export.export(model, bpe_gpt.make_tokenizer(tokens), folder)
+            hugging_face.export(model, bpe_gpt.make_tokenizer(tokens), folder)
             if "decode" in wanted:
                 decode(folder)
             if "load" in wanted:

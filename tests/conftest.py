@@ -83,7 +83,7 @@ def clone(tmp_path_factory):
     (folder / "data").mkdir()
     (folder / "logs").mkdir()
     shutil.copy(PLAY, folder / "data")
-    shutil.copy(ROOT / "data" / "export.py", folder / "data")
+    shutil.copy(ROOT / "data" / "hugging_face.py", folder / "data")
     small = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --max_iters 60 --eval_interval 30 "
     small += "--warmup_iters 5 --learning_rate 0.01"
     bpe = small + " --vocab_size 300 --total_batch_size 512 --batch_size 8"

@@ -1,5 +1,6 @@
 """bpe_gpt.py: GPT-2 against transformers and numpy, its cache, its tokens, and its training."""
 
+import json
 import math
 import random
 import re
@@ -144,7 +145,7 @@ def test_logits_are_those_of_the_formulas_in_numpy(fixture):
         if parameter.endswith(bpe_gpt.TRANSPOSED):  # numpy_gpt2.py has the matrices as published
             tensor = tensor.t()
         weights[parameter.removeprefix("transformer.")] = tensor.double().numpy()
-    config = bpe_gpt.read_config(folder / "config.json")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for ids, logits in zip(expected["idx"], expected["logits"]):
         ours = gpt2(ids.numpy(), weights, config["n_layer"], config["n_head"])
         assert np.abs(ours - logits.numpy()).max() < 1e-5

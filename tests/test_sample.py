@@ -368,7 +368,7 @@ def test_temperature_0_is_the_argmax_of_the_model(command):
 
 def test_an_exported_model_says_what_the_checkpoint_says(command, clone, tmp_path):
     folder = tmp_path / "model"
-    run("data/export.py", "out/bpe_gpt.pt", folder, cwd=clone)
+    run("data/hugging_face.py", "out/bpe_gpt.pt", folder, cwd=clone)
     flags = ("--max_new_tokens", "60", "--prompt", "The ", "--ignore_end")
     assert command(folder, *flags).out == command("out/bpe_gpt.pt", *flags).out
 

@@ -1,14 +1,17 @@
-"""bpe_gpt.py: reading weights, and downloading them; data/export.py: writing them. What is damaged
-is never used."""
+"""bpe_gpt.py: published weights; data/hugging_face.py: folders in Hugging Face's format. What is
+damaged, or not a GPT-2 like ours, is never used."""
 
 import hashlib
 import http.server
 import importlib.util
 import json
 import os
+import re
 import shutil
 import struct
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import tiktoken.load
@@ -18,10 +21,10 @@ from conftest import PLAY, ROOT, needs_gpt2_tokenizer, one_line_error, run
 import bpe_gpt
 from bpe_gpt import GPT, GPTConfig, find_tokenizer, find_weights
 
-EXPORT = ROOT / "data" / "export.py"
-spec = importlib.util.spec_from_file_location("hf_export", EXPORT)
-hf_export = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf_export)
+SCRIPT = ROOT / "data" / "hugging_face.py"
+spec = importlib.util.spec_from_file_location("hugging_face", SCRIPT)
+hugging_face = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hugging_face)
 
 FIXTURES = ROOT / "tests" / "fixtures"
 TIED = FIXTURES / "tied"
@@ -78,7 +81,7 @@ def write(path, header, body=b""):
 
 def test_an_exported_model_comes_back_the_same_with_its_tokenizer(tmp_path, tokenizer):
     model = GPT(GPTConfig(**SMALL))
-    hf_export.export(model, tokenizer, tmp_path)
+    hugging_face.export(model, tokenizer, tmp_path)
     again, same = bpe_gpt.load_pretrained(tmp_path, {}, {})
     assert torch.equal(logits(again), logits(model)) and vocabulary(same) == vocabulary(tokenizer)
     text = "What news, my lord? None, none at all; the harbour's glass — 12 times!\n\n  "
@@ -88,7 +91,7 @@ def test_an_exported_model_comes_back_the_same_with_its_tokenizer(tmp_path, toke
 
 
 def test_an_exported_file_is_what_transformers_writes(tmp_path, tokenizer):
-    hf_export.export(GPT.from_pretrained(TIED), tokenizer, tmp_path)
+    hugging_face.export(GPT.from_pretrained(TIED), tokenizer, tmp_path)
     ours, start = parse(tmp_path / "model.safetensors")
     theirs, _ = parse(TIED / "model.safetensors")
     assert ours == theirs and start % 8 == 0
@@ -101,7 +104,7 @@ def test_an_exported_file_is_what_transformers_writes(tmp_path, tokenizer):
 
 def test_a_checkpoint_is_exported_by_the_command_line(checkpoint, tokenizer):
     path, model = checkpoint
-    output, error = run(EXPORT, "x.pt", "a/folder", cwd=path.parent)
+    output, error = run(SCRIPT, "x.pt", "a/folder", cwd=path.parent)
     assert output == "saved a/folder\n" and error == ""
     for name in (path, path.parent / "a" / "folder"):
         again, same = bpe_gpt.load_pretrained(name, {}, {})
@@ -113,8 +116,8 @@ def test_a_folder_that_is_not_empty_is_left_as_it_is(folder, tokenizer, checkpoi
     """An older vocabulary in it might be taken for the exported model's."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match="model is not empty: name a new folder"):
-        hf_export.export(GPT(GPTConfig(**SMALL)), tokenizer, folder)
-    assert "not empty" in one_line_error(EXPORT, checkpoint[0], folder, cwd=folder.parent)
+        hugging_face.export(GPT(GPTConfig(**SMALL)), tokenizer, folder)
+    assert "not empty" in one_line_error(SCRIPT, checkpoint[0], folder, cwd=folder.parent)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -127,7 +130,7 @@ def test_what_cannot_be_exported_gets_one_line(checkpoint, names, clue):
     path, _ = checkpoint
     data = path.read_bytes()
     (path.parent / "half.pt").write_bytes(data[: len(data) // 2])
-    assert clue in one_line_error(EXPORT, *names.split(), cwd=path.parent)
+    assert clue in one_line_error(SCRIPT, *names.split(), cwd=path.parent)
     assert not (path.parent / "new").exists()
 
 
@@ -141,12 +144,11 @@ def test_a_trained_model_is_ready_to_be_used_without_dropout(name, checkpoint):
 
 @pytest.mark.parametrize("name", ["tied", "half", "bfloat16", "published"])
 def test_every_kind_of_file_is_loaded_as_float32(name):
-    path = FIXTURES / name / "model.safetensors"
-    model, tokenizer = bpe_gpt.load_pretrained(path, {}, {})
+    model, tokenizer = bpe_gpt.load_pretrained(FIXTURES / name, {}, {})
     assert all(p.dtype == torch.float32 and p.is_contiguous() for p in model.parameters())
     assert model.lm_head.weight is model.transformer.wte.weight and tokenizer is None
     kinds = dict(tied={"F32"}, half={"F16"}, bfloat16={"BF16"}, published={"F32", "U8"})
-    assert {kind for kind, _, _ in parse(path)[0].values()} == kinds[name]
+    assert {kind for kind, _, _ in parse(FIXTURES / name / "model.safetensors")[0].values()} == kinds[name]
 
 
 def test_numbers_that_lie_askew_are_read_right(folder):
@@ -188,7 +190,7 @@ def test_a_size_that_the_model_does_not_have_is_refused():
 def test_transformers_opens_an_exported_folder_and_says_the_same(tmp_path, tokenizer):
     transformers = pytest.importorskip("transformers")
     model = GPT.from_pretrained(FIXTURES / "published")
-    hf_export.export(model, tokenizer, tmp_path)
+    hugging_face.export(model, tokenizer, tmp_path)
     theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     with torch.no_grad():
@@ -199,26 +201,102 @@ def test_transformers_opens_an_exported_folder_and_says_the_same(tmp_path, token
         assert their_tokenizer.encode(text) == tokenizer.encode_ordinary(text)
         assert their_tokenizer.eos_token_id == tokenizer.eot_token
     their_tokenizer.save_pretrained(tmp_path / "theirs")
-    assert vocabulary(bpe_gpt.read_tokenizer(tmp_path / "theirs")) == vocabulary(tokenizer)
+    assert hugging_face.read_vocabulary(tmp_path / "theirs") == vocabulary(tokenizer)
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
 
-def test_a_tokenizer_is_read_from_tokenizer_json_alone(tmp_path, tokenizer):
-    """As transformers 5 writes it."""
-    vocab = {word: i for i, word in enumerate(hf_export.words_of(tokenizer))}
+def tokenizer_json(tokenizer):
+    """What transformers 5 writes."""
+    words = hugging_face.words_of(tokenizer)
+    vocab = {word: i for i, word in enumerate(words)}
     end = {"id": vocab.pop("<|endoftext|>"), "content": "<|endoftext|>", "special": True}
-    content = {"version": "1.0", "added_tokens": [end], "model": {
-        "type": "BPE", "vocab": dict(sorted(vocab.items())), "merges": [["Ġ", "t"]]}}
+    model = {"type": "BPE", "dropout": None, "continuing_subword_prefix": "",
+             "end_of_word_suffix": "", "byte_fallback": False, "vocab": vocab,
+             "merges": [line.split() for line in merges_of(tokenizer)]}
+    split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": True}
+    return {"version": "1.0", "added_tokens": [end], "normalizer": None, "pre_tokenizer": split,
+            "model": model}
+
+
+def merges_of(tokenizer):
+    with tempfile.TemporaryDirectory() as folder:
+        hugging_face.write_vocabulary(tokenizer, Path(folder))
+        return (Path(folder) / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+
+
+def test_a_vocabulary_is_read_from_tokenizer_json_alone(tmp_path, tokenizer):
+    content = tokenizer_json(tokenizer)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    again = bpe_gpt.read_tokenizer(tmp_path)
-    assert vocabulary(again) == vocabulary(tokenizer) and again.eot_token == 299
+    assert hugging_face.read_vocabulary(tmp_path) == vocabulary(tokenizer)
+
+
+def change(*path, to):
+    def apply(content):
+        for name in path[:-1]:
+            content = content[name]
+        content[path[-1]] = to
+    return apply
+
+
+def swap_merges(content):
+    merges = content["model"]["merges"]
+    merges[3], merges[4] = merges[4], merges[3]
+
+
+FOREIGN = {
+    "an added token": (lambda c: c["added_tokens"].append({"id": 300, "content": "<|user|>"}),
+                       "added token '<|user|>'"),
+    "a normalizer": (change("normalizer", to={"type": "NFC"}), "normalizer"),
+    "a prefix space": (change("pre_tokenizer", "add_prefix_space", to=True), "add_prefix_space"),
+    "other words": (change("pre_tokenizer", "use_regex", to=False), "use_regex"),
+    "another splitter": (change("pre_tokenizer", to={"type": "Whitespace"}), "pre_tokenizer.type"),
+    "no splitter": (change("pre_tokenizer", to=None), "pre_tokenizer"),
+    "another kind of model": (change("model", "type", to="Unigram"), "model.type"),
+    "dropped merges": (change("model", "dropout", to=0.1), "model.dropout"),
+    "endings of words": (change("model", "end_of_word_suffix", to="</w>"), "end_of_word_suffix"),
+    "merges in another order": (swap_merges, "order of the merges"),
+    "a merge too few": (lambda c: c["model"]["merges"].pop(), "do not make the tokens"),
+    "a byte that is no token": (lambda c: c["model"]["vocab"].pop("\u0120"), "gaps"),
+    "two tokens with a number": (change("model", "vocab", "a", to=5), "used twice"),
+    "no end of text": (change("added_tokens", to=[]), "no token <|endoftext|>"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_vocabulary_that_would_give_other_tokens_is_refused(tmp_path, tokenizer, what):
+    apply, clue = FOREIGN[what]
+    content = tokenizer_json(tokenizer)
+    apply(content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(clue)):
+        hugging_face.read_vocabulary(tmp_path)
+
+
+def test_a_vocabulary_without_all_bytes_is_refused(tmp_path, tokenizer):
+    """It could not write every text."""
+    words = hugging_face.words_of(tokenizer)
+    words.remove("\u0120")  # the space
+    (tmp_path / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("\n".join(merges_of(tokenizer)), encoding="utf-8")
+    with pytest.raises(ValueError, match="1 of the 256 single bytes are no tokens"):
+        hugging_face.read_vocabulary(tmp_path)
+
+
+def test_embeddings_without_a_token_are_left_out(tmp_path, tokenizer):
+    """Models are often padded to a rounder number of rows: these can never be chosen."""
+    padded = GPT(GPTConfig(**SMALL | {"vocab_size": 320}))
+    hugging_face.export(padded, tokenizer, tmp_path / "model")
+    model, same = bpe_gpt.load_pretrained(tmp_path / "model", {}, {})
+    assert model.config.vocab_size == same.n_vocab == 300
+    assert torch.equal(logits(model), logits(padded)[..., :300])
 
 
 def test_the_merges_that_are_written_make_every_token_in_the_order_of_learning(tmp_path, tokenizer):
-    assert bpe_gpt.read_tokenizer(tmp_path) is None
-    hf_export.write_tokenizer(tokenizer, tmp_path)
-    assert vocabulary(bpe_gpt.read_tokenizer(tmp_path)) == vocabulary(tokenizer)
-    words = hf_export.words_of(tokenizer)
+    assert hugging_face.read_vocabulary(tmp_path) is None
+    hugging_face.write_vocabulary(tokenizer, tmp_path)
+    assert hugging_face.read_vocabulary(tmp_path) == vocabulary(tokenizer)
+    words = hugging_face.words_of(tokenizer)
     first, *lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()
     assert first == "#version: 0.2" and [x.replace(" ", "") for x in lines] == words[256:-1]
     for i, line in enumerate(lines, start=256):
@@ -234,13 +312,13 @@ def test_a_tokenizer_of_another_size_than_the_model_is_refused(folder, tokenizer
 @needs_gpt2_tokenizer
 def test_gpt2s_own_vocabulary_is_written_as_openai_published_it(tmp_path):
     gpt2 = bpe_gpt.gpt2_tokenizer()
-    hf_export.write_tokenizer(gpt2, tmp_path)
+    hugging_face.write_vocabulary(gpt2, tmp_path)
     url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # tiktoken has it now
     merges, vocab = (tiktoken.load.read_file_cached(url + name)
                      for name in ("vocab.bpe", "encoder.json"))
     assert (tmp_path / "merges.txt").read_bytes() == merges
     assert json.loads((tmp_path / "vocab.json").read_bytes()) == json.loads(vocab)
-    assert vocabulary(bpe_gpt.read_tokenizer(tmp_path)) == vocabulary(gpt2)
+    assert hugging_face.read_vocabulary(tmp_path) == vocabulary(gpt2)
 
 # ---- Damaged files ------------------------------------------------------------------------------
 
@@ -274,6 +352,36 @@ def content(name, data):
     return lambda folder: (folder / name).write_bytes(data)
 
 
+def shift(n):
+    """Move the second half of the tensors by n bytes."""
+    def apply(folder):
+        tensors, header, body = parse(folder / "model.safetensors")[0], {}, b""
+        for i, (key, (dtype, shape, data)) in enumerate(tensors.items()):
+            if i == len(tensors) // 2:
+                body = body + bytes(n) if n > 0 else body[:n]
+            place = len(body), len(body) + len(data)
+            header[key] = dict(dtype=dtype, shape=shape, data_offsets=place)
+            body += data
+        write(folder / "model.safetensors", header, body)
+    return apply
+
+
+def append(path, data):
+    path.write_bytes(path.read_bytes() + data)
+
+
+def twice(folder):
+    """The same name again in the header: JSON takes the last one."""
+    path = folder / "model.safetensors"
+    data, start = path.read_bytes(), parse(path)[1]
+    entry = json.dumps({BIAS: json.loads(data[8:start])[BIAS]}).encode()
+    write(path, data[8:start].rstrip()[:-1] + b", " + entry[1:], data[start:])
+
+
+NAN = struct.pack("<f", float("nan"))
+INFINITY = struct.pack("<f", float("inf"))
+OTHER_HEAD = ("F32", [300, 24], bytes(4 * 300 * 24))
+FULL_MASK = ("U8", [1, 1, 64, 64], b"\1" * 64 * 64)
 BIAS = "transformer.h.1.ln_2.bias"
 MATRIX = "transformer.h.0.mlp.c_fc.weight"
 END = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -295,6 +403,22 @@ FAULTS = {
     "an output of its own": configure(tie_word_embeddings=False),
     "a layer more": configure(n_layer=3),
     "a width that is a word": configure(n_embd="wide"),
+    "attention without the scale": configure(scale_attn_weights=False),
+    "attention scaled by layers": configure(scale_attn_by_inverse_layer_idx=True),
+    "attention to another text": configure(add_cross_attention=True),
+    "another kind of model": configure(model_type="gptj"),
+    "an MLP of another width": configure(n_inner=100),
+    "numbers in four bits": configure(quantization_config={"bits": 4}),
+    "a gap between tensors": shift(4),
+    "tensors that overlap": shift(-4),
+    "a negative place": safetensors({"a": {**END, "data_offsets": [-8, 0]}}, b"12345678"),
+    "bytes after the last tensor": lambda folder: append(folder / "model.safetensors", b"1234"),
+    "a tensor given twice": twice,
+    "a number that is none": tensor(BIAS, lambda d, s, b: (d, s, b[4:] + NAN)),
+    "a number that is infinite": tensor(BIAS, lambda d, s, b: (d, s, b[4:] + INFINITY)),
+    "an output that is not the input": tensor("lm_head.weight", lambda d, s, b: OTHER_HEAD),
+    "a mask that is not causal": tensor("transformer.h.0.attn.bias", lambda d, s, b: FULL_MASK),
+    "several files": lambda folder: (folder / "model.safetensors").rename(folder / "1.safetensors"),
     "a tokenizer that is not JSON": content("vocab.json", b"{"),
     "a tokenizer without an end of text": content("vocab.json", b'{"a": 0}'),
     "a tokenizer.json without a model": content("tokenizer.json", b'{"added_tokens": []}'),
@@ -304,7 +428,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_model_is_refused_in_one_readable_line(folder, fault):
     FAULTS[fault](folder)
-    with pytest.raises(ValueError, match="^cannot load .*model.safetensors: ") as refused:
+    with pytest.raises(ValueError, match="^cannot load .*model: ") as refused:
         GPT.from_pretrained(folder)
     assert len(str(refused.value).splitlines()) == 1
 
@@ -323,7 +447,7 @@ def test_nothing_that_is_loaded_runs_as_code(folder, name):
 
     torch.save({"script": "bpe_gpt", "config": SMALL, "model": Harmful()}, folder / name)
     with pytest.raises(ValueError, match="cannot load"):
-        GPT.from_pretrained(folder / name)
+        GPT.from_pretrained(folder if name == "model.safetensors" else folder / name)
     assert not (folder / "harm").exists()
 
 # ---- Published weights --------------------------------------------------------------------------
@@ -348,7 +472,7 @@ def hub(tmp_path, monkeypatch):
 
     sizes = dict(n_layer=1, n_head=2, n_embd=2)  # besides, GPT-2's vocabulary, but 8 positions
     model = GPT(GPTConfig(**sizes, block_size=8))
-    hf_export.export(model, bpe_gpt.train_bpe("", 257), tmp_path / "server")
+    hugging_face.export(model, bpe_gpt.train_bpe("", 257), tmp_path / "server")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.asked, server.answer, server.model = [], "right", model
         server.weights = (tmp_path / "server" / "model.safetensors").read_bytes()
