@@ -7,7 +7,6 @@ and puts a transformer, the kind of model that GPT-2 is, in the table's place.
 
     python bigram.py                       # 5 seconds on two CPU cores
     python bigram.py --data my_text.txt    # any text file in UTF-8
-    python bigram.py --help                # every setting
 
 The validation loss says how badly the model predicts a text that it has not seen. It falls from
 4.17 to 2.49. Counting pairs of characters finds the best table without training, with 2.48.
@@ -41,7 +40,7 @@ class BigramConfig:
     max_iters: int = 1000  # steps of gradient descent
     eval_interval: int = 250  # steps between evaluations
     learning_rate: float = 200.0  # size of the first steps; it falls linearly to zero
-    seed: int = 1337  # of the random numbers: the same seed gives the same run
+    seed: int = 1337  # of the random numbers: on a CPU, the same seed gives the same run
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/bigram.pt"  # checkpoint, for sample.py
 
@@ -105,8 +104,7 @@ def cross_entropy(logits, targets):
     The logits (B, T, V) are scores, one for each of the V tokens in the vocabulary. Softmax turns
     them into probabilities: exp(score), divided by the sum of all exp(scores). targets: (B, T)."""
     log_probs = logits.log_softmax(dim=-1)  # (B, T, V): the logarithms of these probabilities
-    # At each position, gather() picks one of the V entries, the one whose number is in targets.
-    # These need a last dimension, too, of size 1.
+    # At each position, gather() picks one of the V entries, by targets in the shape (B, T, 1).
     log_probs_of_targets = log_probs.gather(-1, targets.unsqueeze(-1))  # (B, T, 1)
     return -log_probs_of_targets.mean()
 
@@ -172,8 +170,7 @@ def generate(model, idx, max_new_tokens, choose=sample):
 
 @torch.no_grad()
 def evaluate(model, data, config):
-    """Mean loss over all of data, cut into consecutive stretches of block_size tokens. (A remainder
-    that is too short for a stretch is left out.)"""
+    """Mean loss over data, cut into stretches of block_size tokens. (A short rest is left out.)"""
     model.eval()
     T = config.block_size
     n = (len(data) - 1) // T
@@ -199,9 +196,9 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint):
         # and finds, by the chain rule, the gradient of the loss for every parameter p: p.grad.
         loss.backward()
         # Large steps to get near the minimum, then ever smaller ones to settle in it. (A rate of
-        # 200 is unusually high. The loss is a mean over 8,192 characters, and only a few of them
-        # use any one row of the table, so its gradient is tiny. For the rarest characters even this
-        # rate is too low. char_gpt.py has a remedy, Adam: a rate of its own for each parameter.)
+        # 200 is unusually high: only a few of the 8,192 characters in a batch use any one row of
+        # the table, so its gradient is tiny. For the rarest characters even this rate is too low.
+        # char_gpt.py has a remedy, Adam: a rate of its own for each parameter.)
         learning_rate = config.learning_rate * (1 - step / config.max_iters)
         with torch.no_grad():  # the update is no part of the loss, and need not be recorded
             for p in model.parameters():
@@ -209,17 +206,18 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint):
         losses.append(loss.item())
         if (step + 1) % config.eval_interval == 0 or step + 1 == config.max_iters:
             val_loss = evaluate(model, val_data, config)
-            checkpoint["history"].append((step + 1, sum(losses) / len(losses), val_loss))
+            n_read = (step + 1) * y.numel()  # tokens so far
+            checkpoint["history"].append((step + 1, n_read, sum(losses) / len(losses), val_loss))
             losses = []
             report(checkpoint, model, tokenizer, config)
 
 
 def report(checkpoint, model, tokenizer, config):
     """Print the latest losses, and a sample of what the model writes so far."""
-    step, train_loss, val_loss = checkpoint["history"][-1]
+    step, _, train_loss, val_loss = checkpoint["history"][-1]
     # The loss is a natural logarithm, in nats; divided by ln 2 it is in bits. Per byte of text
     # instead of per token, it can be compared between models whose tokens differ in length.
-    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"]
+    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
     torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
     # There must be something to continue: token 0, which in Shakespeare is the line break.
@@ -240,6 +238,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 def replacing(path):
     """Opens a temporary file, which takes the place of path when it is complete. Whatever happens
     in between, path is either the old file or the new one, never a part of it."""
+    path = os.path.realpath(path)  # if path is a link to a file, this is the file
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # with the process's number: no other has it
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -255,8 +254,7 @@ def replacing(path):
 
 
 def load_text(path):
-    """The text file at path; by default Tiny Shakespeare, which is downloaded once, or, without a
-    network, the play that comes with these scripts."""
+    """The text file at path; by default Tiny Shakespeare or, without a network, our own play."""
     if path:
         return Path(path).read_text(encoding="utf-8")
     path = DATA / "tinyshakespeare.txt"
@@ -300,8 +298,10 @@ def main():
     print(f"{len(text):,} characters, {V} of them distinct: a table of {V**2:,} parameters")
     loss = evaluate(model, val_data, config)
     print(f"before training: val loss {loss:.4f}; a uniform guess: ln({V}) = {math.log(V):.4f}")
+    parts = [text[: len(train_data)], text[len(train_data) :]]
+    bytes_per_token = [len(part.encode()) / len(part) for part in parts]
     checkpoint = dict(script="bigram", config=vars(config), vocab=tokenizer.chars, history=[],
-                      bytes_per_token=len(text[len(train_data) :].encode()) / len(val_data))
+                      bytes_per_token=bytes_per_token)
     train(model, train_data, val_data, tokenizer, config, checkpoint)
     checkpoint["model"] = model.state_dict()  # the parameters, by their names
     with replacing(config.out) as file:

@@ -20,7 +20,9 @@ On Tiny Shakespeare the small model ends at 2.10 bits per byte of text, in 5 min
 
 import argparse
 import copy
+import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -61,7 +63,7 @@ class GPTConfig:
     warmup_iters: int = 50  # steps over which the learning rates rise from zero
     weight_decay: float = 0.1  # pulls the matrices towards zero, against overfitting
     grad_clip: float = 1.0  # greatest length of the gradient, as one vector of all parameters
-    seed: int = 1337  # of the random numbers: the same seed gives the same run
+    seed: int = 1337  # of the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # of matrix products: float32 or bfloat16
@@ -183,6 +185,11 @@ class TextData:
     def __init__(self, tokens, config):
         if len(tokens) < 2:
             raise ValueError("the text is too short: a part of it has fewer than two tokens")
+        # To recognize the text when a run is resumed. Of a folder: the size, beginning and end.
+        parts = [tokens]
+        if isinstance(tokens, np.memmap):
+            parts = [tokens[: 2**19], tokens[-(2**19) :], [len(tokens)]]
+        self.hash = hashlib.sha256(np.concatenate(parts).tobytes()).hexdigest()
         self.tokens = tokens
         self.config = config
         self.T = min(config.block_size, len(tokens) - 1)
@@ -190,6 +197,8 @@ class TextData:
     def row(self, start):
         """T inputs from start on, or what is left, and the targets, which come one token later."""
         stretch = torch.from_numpy(self.tokens[start : start + self.T + 1].astype(np.int64))
+        if stretch.max() >= self.config.vocab_size:
+            raise ValueError(f"token {stretch.max()} at {start} or later is not in the vocabulary")
         return stretch[:-1], stretch[1:].clone()  # evaluation_batches() changes the copy
 
     def training_batch(self, step):
@@ -227,6 +236,7 @@ class InstructionData:
     def __init__(self, records, tokenizer, config):
         self.config = config
         self.prompts = [make_prompt(record) for record in records[:3]]
+        self.hash = hashlib.sha256(json.dumps(records).encode()).hexdigest()
         rows = [encode_record(record, tokenizer) for record in records]
         self.rows = [(x, y) for x, y in rows if len(x) <= config.block_size]
 
@@ -321,9 +331,10 @@ def load_instructions(config, tokenizer):
 
 def load_tokens(config, tokenizer):
     """Training data (the first 90% of a text), validation data (the rest; with --eval_only, all)
-    and the tokenizer. If there is none yet, it is learned from the training part. A folder has
-    GPT-2's tokens, as 16-bit integers, in files that may be larger than memory."""
+    and the tokenizer, as above. A folder has GPT-2's tokens, as 16-bit integers, of any number."""
     if os.path.isdir(config.data):
+        if config.vocab_size != GPTConfig.vocab_size:
+            raise ValueError(f"{config.data} has GPT-2's tokens, not those of another vocabulary")
         tokenizer = tokenizer or gpt2_tokenizer()
         train_tokens = np.memmap(f"{config.data}/train.bin", dtype="<u2", mode="r")
         val_tokens = np.memmap(f"{config.data}/val.bin", dtype="<u2", mode="r")
@@ -384,6 +395,8 @@ class CausalSelfAttention(nn.Module):
     has dropout on the attention weights, left out here: it doubles the time of attention.)"""
     def __init__(self, config):
         super().__init__()
+        if config.n_embd % config.n_head != 0:
+            raise ValueError(f"--n_head {config.n_head} does not divide --n_embd {config.n_embd}")
         self.n_head = config.n_head
         # nn.Linear multiplies by a learned matrix and adds a learned bias. The names are OpenAI's.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
@@ -450,6 +463,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.context_size = config.block_size
+        self.text_before = "\n"  # what comes before a text in the training data: see sample.py
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
@@ -620,7 +634,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     """Train from the checkpoint on to the end of the run, and save it at every evaluation."""
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
-    step, started = restore(checkpoint["last"], model, optimizers)
+    step, n_read, started = restore(checkpoint["last"], model, optimizers)
     # The compiled model has the same weights. It is faster, but takes a minute to prepare.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     # Losses since the last evaluation. Their mean, the training loss, is measured with dropout and
@@ -632,14 +646,16 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
         loss = training_step(compiled, optimizers, x, y, step, progress, config, autocast)
         losses.append(loss)
         step += 1
-        show_progress(step, loss, step * y.numel(), step / config.max_iters, started)
+        n_read += y.numel()
+        if RANK == 0:
+            show_progress(step, loss, n_read, step / config.max_iters, started)
         if step % config.eval_interval == 0 or step == config.max_iters:
             with autocast:
                 val_loss = evaluate(model, val_data)
-            checkpoint["history"].append((step, sum(losses) / len(losses), val_loss))
+            checkpoint["history"].append((step, n_read, sum(losses) / len(losses), val_loss))
             losses = []
             if RANK == 0:
-                save(checkpoint, step, started, model, optimizers, config.out)
+                save(checkpoint, started, model, optimizers, config.out)
             report(checkpoint, model, tokenizer, val_data, config)
 
 
@@ -653,32 +669,33 @@ def show_progress(step, loss, n_tokens, progress, started):
         print(text, end=" \r", file=sys.stderr, flush=True)
 
 
-def save(checkpoint, step, started, model, optimizers, path):
+def save(checkpoint, started, model, optimizers, path):
     """Write the checkpoint to path. "model" has the weights with the lowest validation loss so far,
     since later ones may overfit. "last" has everything that the next step depends on, so that a run
     that was stopped and resumed ends exactly like one that was not."""
-    val_losses = [val_loss for _, _, val_loss in checkpoint["history"]]
-    if val_losses[-1] == min(val_losses):
+    step, n_read, _, val_loss = checkpoint["history"][-1]
+    if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = copy.deepcopy(model.state_dict())
     checkpoint["last"] = dict(
-        step=step, seconds=time.perf_counter() - started, model=model.state_dict(),
+        step=step, n_read=n_read, seconds=time.perf_counter() - started, model=model.state_dict(),
         optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers])
     with replacing(path) as file:
         torch.save(checkpoint, file)
 
 
 def restore(last, model, optimizers):
-    """Go back to "last". Returns its step, and when the run would have begun if never stopped."""
+    """Go back to "last". Returns the step, the tokens read, and the start, as if without breaks."""
     if last["step"] > 0:
         model.load_state_dict(last["model"])
         for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
             # Only the means ("state"): learning rates and weight decay are those of the new flags.
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return last["step"], time.perf_counter() - last["seconds"]
+    return last["step"], last["n_read"], time.perf_counter() - last["seconds"]
 
 
 def bytes_per_token(data, tokenizer):
-    targets = torch.cat([y[y != -100] for _, y in data.evaluation_batches()])
+    batches = itertools.islice(data.evaluation_batches(), 1000)  # enough to measure it
+    targets = torch.cat([y[y != -100] for _, y in batches])
     text = targets[targets != tokenizer.eot_token]  # which is a token, but stands for no bytes
     return len(tokenizer.decode_bytes(text.tolist())) / len(targets)
 
@@ -692,21 +709,21 @@ def describe(loss, bytes_per_token):
 
 def report(checkpoint, model, tokenizer, val_data, config):
     """Print the latest losses, and a sample of what the model writes so far."""
-    step, train_loss, val_loss = checkpoint["history"][-1]
-    val_loss = describe(val_loss, checkpoint["bytes_per_token"])
+    step, _, train_loss, val_loss = checkpoint["history"][-1]
+    val_loss = describe(val_loss, checkpoint["bytes_per_token"][1])
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss} val")
     torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
     for prompt in val_data.prompts:
         ids = tokenizer.encode_ordinary(prompt)
         idx = torch.tensor([ids], device=model.lm_head.weight.device)
-        ids += [new.item() for new in generate(model, idx, 60)]
+        new_ids = (new.item() for new in generate(model, idx, 60))
+        ids += itertools.takewhile(lambda token: token != tokenizer.eot_token, new_ids)
         print("    | " + tokenizer.decode(ids).strip().replace("\n", "\n    | "))
 
 # ---- Published weights --------------------------------------------------------------------------
 
-# This part reads files, and can be skipped. Hugging Face has OpenAI's parameters in a file, by the
-# names that they have here. Three kinds are transposed: OpenAI's layers compute x @ weight,
-# nn.Linear computes x @ weight.T.
+# This part reads files, and can be skipped. Parameters have the names that they have here. Three
+# kinds are transposed: OpenAI's layers compute x @ weight, nn.Linear computes x @ weight.T.
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 HUB = "https://huggingface.co/openai-community"
@@ -741,6 +758,7 @@ def load_pretrained(name_or_path, settings, flags):
     path = find_weights(name_or_path) if name_or_path in SIZES else Path(name_or_path)
     try:
         tokens = None
+        checkpoint = {}
         if name_or_path in SIZES:
             sizes = SIZES[name_or_path]
             state = read_safetensors(path)
@@ -757,12 +775,13 @@ def load_pretrained(name_or_path, settings, flags):
         config = GPTConfig(**settings | {"block_size": len(wpe)} | sizes | flags)
         if config.n_head != sizes["n_head"]:  # of the sizes, the only one not seen in the weights
             raise ValueError(f"--n_head is {sizes['n_head']} in this model")
-        state["transformer.wpe.weight"] = wpe[: config.block_size]
+        state["transformer.wpe.weight"] = wpe[: config.block_size].clone()
         state["lm_head.weight"] = state["transformer.wte.weight"]
         with torch.device("meta"):  # makes no parameters: the tensors of state take their places
             model = GPT(config)
         model.load_state_dict(state, assign=True)  # strict: none may be missing, none left over
         model.lm_head.weight = model.transformer.wte.weight
+        model.text_before = checkpoint.get("text_before", END_OF_TEXT)
         return model, make_tokenizer(tokens) if tokens else None
     except Exception as error:  # there are many ways in which a damaged file can fail to load
         reason = " ".join(str(error).split())  # on one line
@@ -808,6 +827,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 def replacing(path):
     """Opens a temporary file, which takes the place of path when it is complete. Whatever happens
     in between, path is either the old file or the new one, never a part of it."""
+    path = os.path.realpath(path)  # if path is a link to a file, this is the file
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # with the process's number: no other has it
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -823,8 +843,7 @@ def replacing(path):
 
 
 def load_text(path):
-    """The text file at path; by default Tiny Shakespeare, which is downloaded once, or, without a
-    network, the play that comes with these scripts."""
+    """The text file at path; by default Tiny Shakespeare or, without a network, our own play."""
     if path:
         return Path(path).read_text(encoding="utf-8")
     path = DATA / "tinyshakespeare.txt"
@@ -873,8 +892,10 @@ def pick_device(name):
 
 def pick_dtype(name, device):
     """The type of matrix products: bfloat16 where the hardware makes that faster than float32."""
-    if name != "auto":
+    if name in ("float32", "bfloat16"):
         return getattr(torch, name)
+    if name != "auto":
+        raise ValueError(f"--dtype {name}: it must be float32, bfloat16 or auto")
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -899,6 +920,8 @@ def new_or_trained(flags, device):
     config = GPTConfig(**flags)
     small = device.type == "cpu" and not config.full
     settings = CPU_SETTINGS if small else {}
+    if os.path.isdir(config.data):
+        settings = settings | {"vocab_size": GPTConfig.vocab_size}  # the folder has GPT-2's tokens
     if config.init:
         settings = FINE_TUNING_SETTINGS
     if config.instructions:
@@ -910,7 +933,7 @@ def new_or_trained(flags, device):
     if config.resume and Path(config.out).exists() and not config.eval_only:
         name = config.out
         checkpoint = load_checkpoint(name, "bpe_gpt")
-        settings = checkpoint["config"] | {"out": name}
+        settings = checkpoint["config"] | {"device": "auto", "out": name}
     if name:
         model, tokenizer = load_pretrained(name, settings, flags)
         return model.config, checkpoint, model, find_tokenizer(model, tokenizer)
@@ -934,6 +957,8 @@ def main():
     if model is None:
         torch.manual_seed(config.seed)  # of the initial weights
         model = GPT(config)
+        if os.path.isdir(config.data):  # of many texts, where the end of each comes before the next
+            model.text_before = END_OF_TEXT
     model.to(device)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -942,23 +967,27 @@ def main():
         raise ValueError(f"--total_batch_size must be at least {N_PROCESSES * config.block_size}")
     print(f"on {device} in {dtype}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{n_sequences} sequences of {config.block_size} tokens per step")
-    first_batch = None if config.eval_only else train_data.training_batch(0)[0].tolist()
     if checkpoint is None:
         n_bytes = bytes_per_token(val_data, tokenizer)
         with autocast:
             loss = describe(evaluate(model, val_data), n_bytes)
         print(f"before training: val loss {loss}; a uniform guess: ln({V}) = {math.log(V):.4f}")
-        checkpoint = dict(script="bpe_gpt", history=[], last=dict(step=0, seconds=0),
-                          vocab=[tokenizer.decode_single_token_bytes(i) for i in range(V)],
-                          first_batch=first_batch, bytes_per_token=n_bytes)
     if config.eval_only:
         return
-    if checkpoint["first_batch"] != first_batch:
-        raise ValueError(f"--resume: {config.out} began with another text, batch, context or seed")
+    must_match = {"block_size": config.block_size, "data": train_data.hash}
+    must_match["use of Muon"] = config.muon_learning_rate > 0
+    if checkpoint is None:
+        checkpoint = dict(script="bpe_gpt", history=[], last=dict(step=0, n_read=0, seconds=0),
+                          vocab=[tokenizer.decode_single_token_bytes(i) for i in range(V)],
+                          bytes_per_token=[bytes_per_token(train_data, tokenizer), n_bytes],
+                          must_match=must_match, text_before=model.text_before)
+    changed = [name for name in must_match if must_match[name] != checkpoint["must_match"][name]]
+    if changed:
+        raise ValueError(f"--resume: {config.out} began with another {' and '.join(changed)}")
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
     checkpoint["config"] = vars(config)
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)
-    step, _, best = min(checkpoint["history"], key=lambda entry: entry[2])
+    step, _, _, best = min(checkpoint["history"], key=lambda entry: entry[3])
     print(f"best val loss {best:.4f} at step {step}; next: python sample.py {config.out}")
 
 

@@ -6,7 +6,6 @@ evaluation are the same as there; the model and its training are new.
 
     python char_gpt.py                # a GPU trains the full model, a CPU a small one in 3 minutes
     python char_gpt.py --full         # the full 6-layer, 384-wide model on a CPU too: 36 minutes
-    python char_gpt.py --minutes 10   # as many steps as fit into ten minutes
     python char_gpt.py --resume       # continue a run that was stopped
 
 On Tiny Shakespeare the validation loss falls from 4.2 to 1.50 (small) or 1.45 (full). bpe_gpt.py,
@@ -48,14 +47,13 @@ class GPTConfig:
     by_hand: bool = False  # compute with the formulas below, not with PyTorch's faster built-ins
     batch_size: int = 16  # sequences per step
     max_iters: int = 1400  # steps of gradient descent
-    minutes: float = 0.0  # if given, train for this long instead
     eval_interval: int = 200  # steps between evaluations
     learning_rate: float = 0.006  # of Adam: see make_optimizers()
     muon_learning_rate: float = 0.025  # of Muon, for the matrices in the blocks
     warmup_iters: int = 10  # steps over which the learning rates rise from zero
     weight_decay: float = 0.2  # pulls the matrices towards zero, against overfitting
     grad_clip: float = 1.0  # greatest length of the gradient, as one vector of all parameters
-    seed: int = 1337  # of the random numbers: the same seed gives the same run
+    seed: int = 1337  # of the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # of matrix products: float32 or bfloat16
@@ -191,6 +189,8 @@ class CausalSelfAttention(nn.Module):
     has dropout on the attention weights, left out here: it doubles the time of attention.)"""
     def __init__(self, config):
         super().__init__()
+        if config.n_embd % config.n_head != 0:
+            raise ValueError(f"--n_head {config.n_head} does not divide --n_embd {config.n_embd}")
         self.n_head = config.n_head
         self.by_hand = config.by_hand
         # nn.Linear multiplies by a learned matrix and adds a learned bias. The names are OpenAI's.
@@ -335,8 +335,7 @@ def generate(model, idx, max_new_tokens, choose=sample):
 
 @torch.no_grad()
 def evaluate(model, data, config):
-    """Mean loss over all of data, cut into consecutive stretches of block_size tokens. (A remainder
-    that is too short for a stretch is left out.)"""
+    """Mean loss over data, cut into stretches of block_size tokens. (A short rest is left out.)"""
     model.eval()
     T = config.block_size
     n = (len(data) - 1) // T
@@ -412,35 +411,27 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
 def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     """Train from the checkpoint on to the end of the run, and save it at every evaluation."""
     optimizers = make_optimizers(model, config)
-    step, started = restore(checkpoint["last"], model, optimizers)
+    step, n_read, started = restore(checkpoint["last"], model, optimizers)
     # The compiled model has the same weights. It is faster, but takes a minute to prepare.
     compiled = torch.compile(model) if config.compile and train_data.is_cuda else model
     # Losses since the last evaluation. Their mean, the training loss, is measured with dropout and
     # while the model was still worse: at first, it lies above the validation loss.
     losses = []
-    progress = get_progress(step, started, config)
-    while progress < 1:
+    while step < config.max_iters:
         x, y = get_batch(train_data, config, step)
+        progress = step / config.max_iters
         loss = training_step(compiled, optimizers, x, y, step, progress, config, autocast)
         losses.append(loss)
         step += 1
-        progress = get_progress(step, started, config)
-        show_progress(step, loss, step * y.numel(), progress, started)
-        if step % config.eval_interval == 0 or progress >= 1:
+        n_read += y.numel()
+        show_progress(step, loss, n_read, step / config.max_iters, started)
+        if step % config.eval_interval == 0 or step == config.max_iters:
             with autocast:
                 val_loss = evaluate(model, val_data, config)
-            checkpoint["history"].append((step, sum(losses) / len(losses), val_loss))
+            checkpoint["history"].append((step, n_read, sum(losses) / len(losses), val_loss))
             losses = []
-            save(checkpoint, step, started, model, optimizers, config.out)
+            save(checkpoint, started, model, optimizers, config.out)
             report(checkpoint, model, tokenizer, config)
-
-
-def get_progress(step, started, config):
-    """The fraction of the run that is over, by its steps or, with --minutes, by the clock. (A run
-    by the clock is never exactly the same twice.)"""
-    if config.minutes:
-        return (time.perf_counter() - started) / 60 / config.minutes
-    return step / config.max_iters
 
 
 def show_progress(step, loss, n_tokens, progress, started):
@@ -453,36 +444,36 @@ def show_progress(step, loss, n_tokens, progress, started):
         print(text, end=" \r", file=sys.stderr, flush=True)
 
 
-def save(checkpoint, step, started, model, optimizers, path):
+def save(checkpoint, started, model, optimizers, path):
     """Write the checkpoint to path. "model" has the weights with the lowest validation loss so far,
     since later ones may overfit. "last" has everything that the next step depends on, so that a run
     that was stopped and resumed ends exactly like one that was not."""
-    val_losses = [val_loss for _, _, val_loss in checkpoint["history"]]
-    if val_losses[-1] == min(val_losses):
+    step, n_read, _, val_loss = checkpoint["history"][-1]
+    if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = copy.deepcopy(model.state_dict())
     checkpoint["last"] = dict(
-        step=step, seconds=time.perf_counter() - started, model=model.state_dict(),
+        step=step, n_read=n_read, seconds=time.perf_counter() - started, model=model.state_dict(),
         optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers])
     with replacing(path) as file:
         torch.save(checkpoint, file)
 
 
 def restore(last, model, optimizers):
-    """Go back to "last". Returns its step, and when the run would have begun if never stopped."""
+    """Go back to "last". Returns the step, the tokens read, and the start, as if without breaks."""
     if last["step"] > 0:
         model.load_state_dict(last["model"])
         for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
             # Only the means ("state"): learning rates and weight decay are those of the new flags.
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return last["step"], time.perf_counter() - last["seconds"]
+    return last["step"], last["n_read"], time.perf_counter() - last["seconds"]
 
 
 def report(checkpoint, model, tokenizer, config):
     """Print the latest losses, and a sample of what the model writes so far."""
-    step, train_loss, val_loss = checkpoint["history"][-1]
+    step, _, train_loss, val_loss = checkpoint["history"][-1]
     # The loss is a natural logarithm, in nats; divided by ln 2 it is in bits. Per byte of text
     # instead of per token, it can be compared between models whose tokens differ in length.
-    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"]
+    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
     torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
     # There must be something to continue: token 0, which in Shakespeare is the line break.
@@ -503,6 +494,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 def replacing(path):
     """Opens a temporary file, which takes the place of path when it is complete. Whatever happens
     in between, path is either the old file or the new one, never a part of it."""
+    path = os.path.realpath(path)  # if path is a link to a file, this is the file
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # with the process's number: no other has it
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -518,8 +510,7 @@ def replacing(path):
 
 
 def load_text(path):
-    """The text file at path; by default Tiny Shakespeare, which is downloaded once, or, without a
-    network, the play that comes with these scripts."""
+    """The text file at path; by default Tiny Shakespeare or, without a network, our own play."""
     if path:
         return Path(path).read_text(encoding="utf-8")
     path = DATA / "tinyshakespeare.txt"
@@ -568,8 +559,10 @@ def pick_device(name):
 
 def pick_dtype(name, device):
     """The type of matrix products: bfloat16 where the hardware makes that faster than float32."""
-    if name != "auto":
+    if name in ("float32", "bfloat16"):
         return getattr(torch, name)
+    if name != "auto":
+        raise ValueError(f"--dtype {name}: it must be float32, bfloat16 or auto")
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -585,7 +578,8 @@ def main():
     checkpoint = None
     if config.resume and Path(config.out).exists():
         checkpoint = load_checkpoint(config.out, "char_gpt")
-        config = GPTConfig(**checkpoint["config"] | flags | {"out": config.out})  # the last wins
+        settings = checkpoint["config"] | {"device": "auto", "out": config.out}
+        config = GPTConfig(**settings | flags)  # of two dicts, the second wins
     elif pick_device(config.device).type == "cpu" and not config.full:
         config = GPTConfig(**CPU_SETTINGS | flags)
         print("training a small model, since there is no GPU; --full trains the full one")
@@ -605,9 +599,11 @@ def main():
     must_match = {n: getattr(config, n) for n in ("n_layer", "n_head", "n_embd", "block_size")}
     must_match["text"] = hashlib.sha256(text.encode()).hexdigest()
     if checkpoint is None:
+        parts = [text[: len(train_data)], text[len(train_data) :]]
+        bytes_per_token = [len(part.encode()) / len(part) for part in parts]
         checkpoint = dict(script="char_gpt", vocab=tokenizer.chars, history=[],
-                          must_match=must_match, last=dict(step=0, seconds=0),
-                          bytes_per_token=len(text[len(train_data) :].encode()) / len(val_data))
+                          bytes_per_token=bytes_per_token, must_match=must_match,
+                          last=dict(step=0, n_read=0, seconds=0))
         with autocast:
             loss = evaluate(model, val_data, config)
         print(f"before training: val loss {loss:.4f}; a uniform guess: ln({V}) = {math.log(V):.4f}")
@@ -616,7 +612,7 @@ def main():
         raise ValueError(f"--resume: {config.out} began with another {' and '.join(changed)}")
     checkpoint["config"] = vars(config)
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)
-    step, _, best = min(checkpoint["history"], key=lambda entry: entry[2])
+    step, _, _, best = min(checkpoint["history"], key=lambda entry: entry[3])
     print(f"best val loss {best:.4f} at step {step}; next: python sample.py {config.out}")
 
 

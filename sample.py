@@ -111,8 +111,7 @@ def beam_search(model, idx, max_new_tokens, width, end):
     texts = idx
     scores = torch.zeros(1, 1, device=idx.device)  # of the texts, (number of texts, 1)
     finished = []
-    caches = []
-    # Caches can be used until the context is full, as in bpe_gpt.generate().
+    caches = []  # can be used until the context is full, as in bpe_gpt.generate()
     if isinstance(model, bpe_gpt.GPT) and idx.shape[1] + max_new_tokens <= model.context_size:
         caches = [bpe_gpt.Cache(model.context_size) for _ in model.transformer.h]
     for n in range(1, max_new_tokens + 1):
@@ -324,14 +323,12 @@ def read_curve(path):
     """The history of a run, [(megabytes of text read, training loss, validation loss)]. The losses
     are in bits per byte of text, which can be compared between models with different tokens."""
     checkpoint = load_checkpoint(path, *CHARACTER_MODELS, "bpe_gpt")
-    config = checkpoint["config"]
-    n_bytes = checkpoint["bytes_per_token"]
-    if config.get("instructions"):
+    train_bytes, val_bytes = checkpoint["bytes_per_token"]  # of the two parts of its text
+    if checkpoint["config"].get("instructions"):
         raise ValueError(f"{path} was trained on instructions, not on a text")
-    n_tokens = config.get("total_batch_size") or config["batch_size"] * config["block_size"]
-    bits = 1 / math.log(2) / n_bytes  # bits per byte of text, for each nat per token
-    megabytes = n_tokens * n_bytes / 1e6  # of text, per step
-    return [(step * megabytes, a * bits, b * bits) for step, a, b in checkpoint["history"]]
+    return [(n_read * train_bytes / 1e6,
+             train_loss / math.log(2) / train_bytes, val_loss / math.log(2) / val_bytes)
+            for _, n_read, train_loss, val_loss in checkpoint["history"]]
 
 
 def show_curves(paths, plot):
@@ -382,6 +379,7 @@ def load_model(name):
     Config, Model = CHARACTER_MODELS[checkpoint["script"]]
     model = Model(Config(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
+    model.text_before = checkpoint["vocab"][0]  # in Shakespeare, the line break
     return model.eval(), Characters(checkpoint["vocab"]), checkpoint
 
 
@@ -430,8 +428,10 @@ def main():
         return show_curves(names, config.plot)
     model, tokenizer, checkpoint = load_model(names[0])
     encode = tokenizer.encode_ordinary
-    # What comes before a text: the end of another one or, for characters, token 0, the line break.
-    before = [0 if tokenizer.eot_token == -1 else tokenizer.eot_token]
+    # What comes before a text, in the data that the model was trained on.
+    before = [tokenizer.eot_token]
+    if model.text_before != bpe_gpt.END_OF_TEXT:
+        before = encode(model.text_before)
     if config.probs:
         return show_probs(model, tokenizer, before + encode(config.probs))
     if config.attention:

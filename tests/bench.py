@@ -206,7 +206,7 @@ def whole_run(script, *flags):
 
 
 def lowest(checkpoint):
-    return min(loss for _, _, loss in checkpoint["history"])
+    return min(entry[3] for entry in checkpoint["history"])
 
 
 def small():
@@ -249,7 +249,7 @@ def full(long):
         row("char_gpt.py --full, from its start to its end, on the CPU", seconds / 60, "min")
         row("  validation loss, best", lowest(checkpoint), "loss")
         # Counted in steps: half an hour is long enough for the machine to become slower or faster.
-        done = [(step * ours, loss) for step, _, loss in checkpoint["history"]]
+        done = [(step * ours, loss) for step, _, _, loss in checkpoint["history"]]
         fast, slow = time_to(GOAL, done), PLAIN_STEPS * plain
         row(f"  until {GOAL}, by its steps", fast / 60, "min", "of the plain recipe's", fast / slow)
 
@@ -263,7 +263,7 @@ def bpe():
     row("bpe_gpt.py, from its start to its end, on the CPU", seconds, "s")
     row("  training, evaluation and samples", checkpoint["last"]["seconds"], "s")
     row("  validation loss, best", lowest(checkpoint), "loss")
-    bits = lowest(checkpoint) / math.log(2) / checkpoint["bytes_per_token"]
+    bits = lowest(checkpoint) / math.log(2) / checkpoint["bytes_per_token"][1]
     row("  the same", bits, "bits/byte")
 
 

@@ -102,7 +102,7 @@ def train_on(path):
     tokenizer = CharTokenizer(text)
     data = split_data(torch.tensor(tokenizer.encode(text)), config)
     model = BigramLanguageModel(config)
-    checkpoint = dict(history=[], bytes_per_token=1.0)
+    checkpoint = dict(history=[], bytes_per_token=[1.0, 1.0])
     train(model, *data, tokenizer, config, checkpoint)
     assert checkpoint["history"][-1][0] == config.max_iters
     return model, *data, config
@@ -115,7 +115,7 @@ def test_a_step_moves_every_parameter_against_its_gradient():
     model = BigramLanguageModel(config)
     expected = BigramLanguageModel(config)
     tokenizer = CharTokenizer(map(chr, range(65)))
-    checkpoint = dict(history=[], bytes_per_token=1.0)
+    checkpoint = dict(history=[], bytes_per_token=[1.0, 1.0])
     train(model, data, data, tokenizer, config, checkpoint)
     for step, rate in ((0, 200.0), (1, 100.0)):
         _, loss = expected(*get_batch(data, config, step))

@@ -524,7 +524,7 @@ def test_fine_tuning_goes_on_from_the_weights_it_was_given(command, untrained, c
     model, tokenizer = load_pretrained(untrained, {}, {})
     val_data = TextData(encode(tokenizer, TEXT[int(0.9 * len(TEXT)) :]), model.config)
     assert before == pytest.approx(evaluate(model, val_data), abs=0.01)
-    assert checkpoint["history"][-1][2] < before - 0.5
+    assert checkpoint["history"][-1][3] < before - 0.5
 
 
 def test_a_fine_tuned_checkpoint_is_fine_tuned_again(command, untrained, tmp_path, capsys):
@@ -559,8 +559,16 @@ def test_a_folder_of_tokens_is_trained_on_without_being_read_whole(command, tmp_
     init = TextData.__init__
     monkeypatch.setattr(
         TextData, "__init__", lambda self, t, c: kinds.append(type(t)) or init(self, t, c))
-    checkpoint = command("x.pt", "--data", tmp_path, *SIZE.split(), *STEPS.split())
+    monkeypatch.setattr(GPTConfig, "vocab_size", 300)
+    size = SIZE.replace("--vocab_size 300", "").split()
+    checkpoint = command("x.pt", "--data", tmp_path, *size, *STEPS.split())
     assert set(kinds) == {np.memmap} and len(checkpoint["history"]) == 3
+    assert checkpoint["text_before"] == "<|endoftext|>", "it stands between the texts"
+    with pytest.raises(ValueError, match="GPT-2's tokens, not those of another vocabulary"):
+        command("x.pt", "--data", tmp_path, *size, "--vocab_size", 280)
+    np.array([5, 299, 300, 7] * 99, "<u2").tofile(tmp_path / "val.bin")
+    with pytest.raises(ValueError, match="token 300 at 0 or later is not in the vocabulary"):
+        command("x.pt", "--data", tmp_path, *size, *STEPS.split())
 
 
 def test_more_processes_than_sequences_are_refused(tmp_path, monkeypatch):

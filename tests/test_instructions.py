@@ -327,7 +327,7 @@ def test_a_run_on_instructions_is_resumed(taught):
     assert "12 of 12 records to train on" in text and "step 83: " in text
     after = torch.load(folder / "out" / "more.pt")
     assert after["history"][:-1] == before["history"] and after["vocab"] == before["vocab"]
-    assert after["last"]["step"] == 83 and after["first_batch"] == before["first_batch"]
+    assert after["last"]["step"] == 83 and after["must_match"] == before["must_match"]
 
 
 def test_the_records_in_data_are_many_and_distinct():

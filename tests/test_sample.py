@@ -183,8 +183,8 @@ def test_probs_shows_each_token_with_its_probability_and_rank(command, script):
     _, *lines, end = command(f"out/{script}.pt", "--probs", text).out.splitlines()
     model, tokenizer, _ = load_model(f"out/{script}.pt")
     ids = tokenizer.encode_ordinary(text)
-    start = max(tokenizer.eot_token, 0)
-    log_probs = sample.next_log_probs(model, torch.tensor([[start, *ids[:-1]]]))
+    before = tokenizer.encode_ordinary(model.text_before)
+    log_probs = sample.next_log_probs(model, torch.tensor([[*before, *ids[:-1]]]))
     for line, token, row in zip(lines, ids, log_probs.exp(), strict=True):
         name, share, rank, others = re.match(r"('.+?') +([\d.]+)% +(\d+)   (.*)", line).groups()
         assert name == sample.quote(tokenizer, token), "and no colours but on a terminal"
@@ -268,20 +268,54 @@ def changed(clone, tmp_path):
     return save
 
 
-def test_curves_show_losses_in_bits_per_byte_of_text(command, changed):
-    paths, expected = [f"out/{script}.pt" for script in SCRIPTS], []
-    paths.append(str(changed("bpe_gpt", bytes_per_token=3.5)))
-    for path in paths:
-        checkpoint = torch.load(path, weights_only=True)
-        config, n_bytes = checkpoint["config"], checkpoint["bytes_per_token"]
-        tokens = 512 if "bpe" in path else config["batch_size"] * config["block_size"]
-        bits = 1 / math.log(2) / n_bytes
-        expected.append(path)
-        for step, train, val in checkpoint["history"]:
-            megabytes = step * tokens * n_bytes / 1e6
-            expected.append(f"{megabytes:.2f} {train * bits:.3f} {val * bits:.3f}")
-    _, *lines = command("--curve", *paths).out.splitlines()
+def test_curves_show_losses_in_bits_per_byte_of_their_own_text(command, changed):
+    """Training losses by the bytes per token of the training text, as is what was read."""
+    history = [(10, 1000, 4.0, 3.0), (20, 3000, 2.0, 2.5)]
+    path = changed("bpe_gpt", bytes_per_token=[2.0, 3.0], history=history)
+    _, name, *lines = command("--curve", path).out.splitlines()
+    expected = []
+    for _, n_tokens, train, val in history:
+        bits = train / 2.0 / math.log(2), val / 3.0 / math.log(2)
+        expected.append(f"{n_tokens * 2.0 / 1e6:.2f} {bits[0]:.3f} {bits[1]:.3f}")
+    assert name == str(path)
     assert [" ".join(line.split()) for line in lines] == expected
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_checkpoint_says_what_was_read_and_how_long_its_tokens_are(clone, script):
+    checkpoint = torch.load(clone / "out" / f"{script}.pt", weights_only=True)
+    config = checkpoint["config"]
+    per_step = {"bigram": 32 * 256, "char_gpt": 16 * 32, "bpe_gpt": 512}[script]
+    for step, n_read, _, _ in checkpoint["history"]:
+        assert n_read == step * per_step
+    text = (clone / config["data"]).read_text(encoding="utf-8")
+    n = int(0.9 * len(text))
+    if script == "bpe_gpt":
+        tokenizer = bpe_gpt.make_tokenizer(checkpoint["vocab"])
+        lengths = []
+        for part in (text[:n], text[n:]):
+            ids = tokenizer.encode(part)[1:]  # all that are predicted
+            lengths.append(len(tokenizer.decode_bytes(ids)) / len(ids))
+        assert checkpoint["bytes_per_token"] == pytest.approx(lengths, rel=1e-6)
+    else:
+        assert checkpoint["bytes_per_token"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("text_before", ["\n", "<|endoftext|>"])
+def test_a_text_begins_as_texts_do_in_the_training_data(command, changed, monkeypatch, text_before):
+    """With what comes before it there: a learned vocabulary has an end of text, but has not seen
+    it if it was learned from a single text."""
+    seen = []
+    monkeypatch.setattr(sample, "print_texts", lambda model, tok, idx, *rest: seen.append(idx))
+    monkeypatch.setattr(sample, "show_probs", lambda model, tok, ids: seen.append(ids))
+    path = changed("bpe_gpt", text_before=text_before)
+    tokenizer = load_model(path)[1]
+    expected = tokenizer.encode(text_before, allowed_special="all")
+    command(path)
+    command(path, "--probs", "The sea")
+    assert seen[0].tolist() == [expected]
+    assert seen[1] == expected + tokenizer.encode("The sea")
+    assert torch.load("out/bpe_gpt.pt", weights_only=True)["text_before"] == "\n"
 
 
 PLOTS = pytest.mark.parametrize(

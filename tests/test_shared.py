@@ -86,7 +86,7 @@ def test_sections_come_in_the_same_order():
     heading = re.compile(r"^# ---- (.+?) -+$", re.MULTILINE)
     bigram, char, bpe = [heading.findall(source(script)) for script in TRAINING_SCRIPTS]
     assert len(bigram) == 6
-    new = ("Tokens", "Weights in Hugging Face's format")
+    new = ("Tokens", "Published weights")
     assert bigram == char == [name for name in bpe if name not in new]
 
 
@@ -354,6 +354,12 @@ MISTAKES = {
     "a place that cannot be": ("bigram.py --data text.txt --out text.txt/x/y.pt", "text.txt"),
     "a checkpoint that is none": ("char_gpt.py --data text.txt --resume --out bad.pt", "bad.pt"),
     "a model that is none": ("bpe_gpt.py --init gpt7", "gpt7"),
+    "heads that do not fit": ("char_gpt.py --data text.txt --n_head 3", "does not divide --n_embd"),
+    "heads of tokens": (
+        "bpe_gpt.py --data text.txt --vocab_size 260 --n_head 3", "does not divide --n_embd"),
+    "a type's short name": ("char_gpt.py --data text.txt --dtype bf16", "float32, bfloat16 or auto"),
+    "a type that is not used": ("bpe_gpt.py --data text.txt --vocab_size 260 --dtype float64",
+                                "float32, bfloat16 or auto"),
     "nothing to evaluate": ("bpe_gpt.py --eval_only --data text.txt", "--eval_only needs --init"),
     "a folder without tokens": ("bpe_gpt.py --init x.pt --data .", "x.pt"),
     "a learning rate far too high": (
