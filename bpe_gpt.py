@@ -83,8 +83,7 @@ SIZES = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1,557,611,200
 }
 SIZE_NAMES = ("vocab_size", "n_layer", "n_head", "n_embd")
-# What a CPU trains from scratch unless told otherwise: a smaller model, in 5 minutes.
-CPU_SETTINGS = dict(
+CPU_SETTINGS = dict(  # what a CPU trains unless told otherwise: a smaller model, in 5 minutes
     vocab_size=1024, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
     total_batch_size=2048, max_iters=2400, eval_interval=400, learning_rate=0.002,
     muon_learning_rate=0.025, weight_decay=0.15)
@@ -906,10 +905,10 @@ def pick_dtype(name, device):
 def join_processes(device):
     if N_PROCESSES > 1:
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # its number on this machine
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", RANK)))
         # They meet in a store, which outlives a restart. The prefix sets their entries apart.
         store, _, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(store=store, rank=RANK, world_size=N_PROCESSES)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
@@ -934,6 +933,7 @@ def new_or_trained(flags, device):
         name = config.out
         checkpoint = load_checkpoint(name, "bpe_gpt")
         settings = checkpoint["config"] | {"device": "auto", "out": name}
+        flags.pop("vocab_size", None)  # settled when the run began, by what its text allowed
     if name:
         model, tokenizer = load_pretrained(name, settings, flags)
         return model.config, checkpoint, model, find_tokenizer(model, tokenizer)

@@ -282,7 +282,6 @@ def show_attention(model, tokenizer, ids, config):
 def plot_attention(weights, names, path):
     """A picture of all heads (side by side) of all layers (one below the other)."""
     import matplotlib.pyplot as plt
-
     n_layer, n_head, T, _ = weights.shape
     size = T + 1  # of one head: T x T weights and a gap
     tiles = F.pad(weights, (0, 1, 0, 1), value=math.nan)  # (n_layer, n_head, size, size)
@@ -340,7 +339,6 @@ def show_curves(paths, plot):
             print(f"{megabytes:14.2f} {train:20.3f} {val:18.3f}")
     if plot:
         import matplotlib.pyplot as plt
-
         figure, axis = plt.subplots()
         for path, curve in curves.items():
             megabytes, train, val = zip(*curve)
@@ -386,15 +384,13 @@ def load_model(name):
 def fast_dtype(model, device, config):
     """For each new token, all weights have to be read from memory. In a large model, this takes
     most of the time, and half the bits take half the time."""
-    small = sum(p.numel() for p in model.parameters()) < 50e6
-    if config.dtype == "auto" and small:
+    if config.dtype == "auto" and sum(p.numel() for p in model.parameters()) < 50e6:
         return torch.float32
     return pick_dtype(config.dtype, device)
 
 
 def parse_flags(Config):
-    """Makes every field of Config a flag, as in --top_k 20. Returns those given, as a dict; the
-    names of models are its "models"."""
+    """Makes every field of Config a flag. Returns those given, and the "models", as a dict."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [model ...] [--setting value ...]", argument_default=argparse.SUPPRESS,
         description=f"{__doc__}\n{inspect.getsource(Config)}",
@@ -404,7 +400,13 @@ def parse_flags(Config):
         switch = {"action": argparse.BooleanOptionalAction}  # such as --curve and --no-curve
         kind = switch if field.type is bool else {"type": field.type}
         parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
-    return vars(parser.parse_args())
+    flags = vars(parser.parse_args())
+    for name in ("temperature", "top_k", "top_p", "min_p", "beam", "num_samples"):
+        if not flags.get(name, 0) >= 0:
+            raise ValueError(f"--{name} must not be negative")
+    if 0 < flags.get("beam", 0) < flags.get("num_samples", 1):
+        raise ValueError(f"--beam {flags['beam']} finds no more texts than that")
+    return flags
 
 
 def typed_lines():
@@ -428,8 +430,7 @@ def main():
         return show_curves(names, config.plot)
     model, tokenizer, checkpoint = load_model(names[0])
     encode = tokenizer.encode_ordinary
-    # What comes before a text, in the data that the model was trained on.
-    before = [tokenizer.eot_token]
+    before = [tokenizer.eot_token]  # what comes before a text, in the training data
     if model.text_before != bpe_gpt.END_OF_TEXT:
         before = encode(model.text_before)
     if config.probs:
@@ -438,7 +439,6 @@ def main():
         return show_attention(model, tokenizer, encode(config.attention), config)
     if config.shapes:
         return show_shapes(model, encode(config.shapes))
-
     device = pick_device("auto")
     dtype = fast_dtype(model, device, config)
     model.to(device, dtype)

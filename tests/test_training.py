@@ -413,6 +413,18 @@ def test_another_batch_size_on_resuming_is_counted_as_it_is(script, train):
 
 
 @for_each_gpt
+def test_the_same_command_with_resume_goes_on_with_the_run(script, train):
+    """Even if the text gave fewer tokens than --vocab_size asked for."""
+    flags = FLAGS[script] + " --max_iters 4"
+    if script is bpe_gpt:
+        flags += " --vocab_size 5000"
+    begun = train(script, "x.pt", flags)
+    assert begun["config"]["vocab_size"] < 5000
+    resumed = train(script, "x.pt", flags + " --resume --max_iters 8")
+    assert resumed["last"]["step"] == 8 and resumed["vocab"] == begun["vocab"]
+
+
+@for_each_gpt
 def test_a_link_stays_a_link(script, train, tmp_path):
     (tmp_path / "store").mkdir()
     (tmp_path / "x.pt").symlink_to(tmp_path / "store" / "real.pt")
