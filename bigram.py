@@ -247,8 +247,8 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # this is what torch.save() turns a failed write into
-        raise OSError(f"cannot write {path}: is the disk full?") from error
+    except RuntimeError as error:  # torch.save() turns others into this: a full disk, or Ctrl-C
+        raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -300,7 +300,7 @@ def main():
     print(f"before training: val loss {loss:.4f}; a uniform guess: ln({V}) = {math.log(V):.4f}")
     parts = [text[: len(train_data)], text[len(train_data) :]]
     bytes_per_token = [len(part.encode()) / len(part) for part in parts]
-    checkpoint = dict(script="bigram", config=vars(config), vocab=tokenizer.chars, history=[],
+    checkpoint = dict(written_by="bigram", config=vars(config), vocab=tokenizer.chars, history=[],
                       bytes_per_token=bytes_per_token)
     train(model, train_data, val_data, tokenizer, config, checkpoint)
     checkpoint["model"] = model.state_dict()  # the parameters, by their names

@@ -168,8 +168,7 @@ def gpt2_tokenizer():
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # there are many ways in which a download can fail
-        reason = type(error).__name__
-        raise OSError(f"cannot download GPT-2's vocabulary ({reason}): try --vocab_size 1024")
+        raise OSError(f"cannot download GPT-2's vocabulary: {type(error).__name__}") from None
 
 # ---- Data ---------------------------------------------------------------------------------------
 
@@ -251,7 +250,7 @@ class InstructionData:
 def pick_rows(n_rows, step, config):
     """The epoch of a step, and the numbers of its rows. In an epoch, each of n_rows comes once, in
     random order. (The last few, if they do not fill a step, are left out.)"""
-    n = config.total_batch_size // config.block_size  # rows per step
+    n = max(1, config.total_batch_size // config.block_size)  # rows per step
     steps_per_epoch = max(1, n_rows // n)
     epoch, i = divmod(step, steps_per_epoch)
     return epoch, shuffled(n_rows, config.seed, epoch)[i * n : (i + 1) * n]
@@ -340,21 +339,20 @@ def load_tokens(config, tokenizer):
     else:
         text = load_text(config.data)
         n = int(0.9 * len(text))
-        tokenizer = tokenizer or train_bpe(text[:n], config.vocab_size)
-        train_tokens = np.array(tokenizer.encode(text[:n], allowed_special="all"))
-        val_text = text if config.eval_only else text[n:]
-        val_tokens = np.array(tokenizer.encode(val_text, allowed_special="all"))
-    print(f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate on")
+        texts = [text, text] if config.eval_only else [text[:n], text[n:]]
+        tokenizer = tokenizer or train_bpe(texts[0], config.vocab_size)
+        train_tokens, val_tokens = [
+            np.array(tokenizer.encode(part, allowed_special="all")) for part in texts]
+    if not config.eval_only:
+        print(f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate on")
     return TextData(train_tokens, config), TextData(val_tokens, config), tokenizer
 
 # ---- Model --------------------------------------------------------------------------------------
 
 # In the shapes below, B is the batch size, T the number of tokens in a sequence, and C = n_embd.
 # Inside the model every token is a vector of C numbers: x is (B, T, C) from beginning to end.
-#
-# nn.LayerNorm and nn.GELU do what char_gpt.py writes out: the first shifts and scales each token's
-# vector to mean 0 and variance 1, and applies a learned gain and bias; the second is a smooth
-# version of max(0, x).
+# nn.LayerNorm shifts and scales the vector to mean 0 and variance 1, and applies a learned gain and
+# bias. nn.GELU is a smooth max(0, x). (char_gpt.py writes them out.)
 
 def attention(q, k, v):
     """Lets every token gather information from itself and from the tokens before it. The dot
@@ -673,6 +671,8 @@ def save(checkpoint, started, model, optimizers, path):
     since later ones may overfit. "last" has everything that the next step depends on, so that a run
     that was stopped and resumed ends exactly like one that was not."""
     step, n_read, _, val_loss = checkpoint["history"][-1]
+    if not math.isfinite(val_loss):
+        raise ValueError(f"validation loss {val_loss} after step {step}: try lower learning rates")
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = copy.deepcopy(model.state_dict())
     checkpoint["last"] = dict(
@@ -835,8 +835,8 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # this is what torch.save() turns a failed write into
-        raise OSError(f"cannot write {path}: is the disk full?") from error
+    except RuntimeError as error:  # torch.save() turns others into this: a full disk, or Ctrl-C
+        raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -861,11 +861,11 @@ def load_checkpoint(path, *scripts):
     """The checkpoint at path, saved by one of scripts. (weights_only: it cannot contain code.)"""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] in scripts:
+        if checkpoint["written_by"] in scripts:
             return checkpoint
     except Exception:  # there are many ways in which a damaged file can fail to load
         pass
-    raise ValueError(f"{path} is missing, damaged or not a checkpoint of {' or '.join(scripts)}")
+    raise ValueError(f"{path} is missing, damaged or no checkpoint of this {' or '.join(scripts)}")
 
 
 def parse_flags(Config):
@@ -957,33 +957,33 @@ def main():
     if model is None:
         torch.manual_seed(config.seed)  # of the initial weights
         model = GPT(config)
-        if os.path.isdir(config.data):  # of many texts, where the end of each comes before the next
+        if os.path.isdir(config.data):  # many texts: before each is the end of another
             model.text_before = END_OF_TEXT
     model.to(device)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    n_sequences = config.total_batch_size // config.block_size
-    if n_sequences < N_PROCESSES:
-        raise ValueError(f"--total_batch_size must be at least {N_PROCESSES * config.block_size}")
-    print(f"on {device} in {dtype}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{n_sequences} sequences of {config.block_size} tokens per step")
+    print(f"on {device} in {dtype}: {sum(p.numel() for p in model.parameters()):,} parameters")
     if checkpoint is None:
         n_bytes = bytes_per_token(val_data, tokenizer)
         with autocast:
             loss = describe(evaluate(model, val_data), n_bytes)
-        print(f"before training: val loss {loss}; a uniform guess: ln({V}) = {math.log(V):.4f}")
+        print(f"val loss {loss}; a uniform guess: ln({V}) = {math.log(V):.4f}")
     if config.eval_only:
         return
+    n_rows = len(train_data.training_batch(0)[0])
+    if n_rows < N_PROCESSES:
+        raise ValueError(f"--total_batch_size must be at least {N_PROCESSES * config.block_size}")
     must_match = {"block_size": config.block_size, "data": train_data.hash}
     must_match["use of Muon"] = config.muon_learning_rate > 0
     if checkpoint is None:
-        checkpoint = dict(script="bpe_gpt", history=[], last=dict(step=0, n_read=0, seconds=0),
+        checkpoint = dict(written_by="bpe_gpt", history=[], last=dict(step=0, n_read=0, seconds=0),
                           vocab=[tokenizer.decode_single_token_bytes(i) for i in range(V)],
                           bytes_per_token=[bytes_per_token(train_data, tokenizer), n_bytes],
                           must_match=must_match, text_before=model.text_before)
     changed = [name for name in must_match if must_match[name] != checkpoint["must_match"][name]]
     if changed:
         raise ValueError(f"--resume: {config.out} began with another {' and '.join(changed)}")
+    print(f"step {checkpoint['last']['step']}: {n_rows} x {config.block_size} tokens in each step")
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
     checkpoint["config"] = vars(config)
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)

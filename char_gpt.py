@@ -449,6 +449,8 @@ def save(checkpoint, started, model, optimizers, path):
     since later ones may overfit. "last" has everything that the next step depends on, so that a run
     that was stopped and resumed ends exactly like one that was not."""
     step, n_read, _, val_loss = checkpoint["history"][-1]
+    if not math.isfinite(val_loss):
+        raise ValueError(f"validation loss {val_loss} after step {step}: try lower learning rates")
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = copy.deepcopy(model.state_dict())
     checkpoint["last"] = dict(
@@ -503,8 +505,8 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # this is what torch.save() turns a failed write into
-        raise OSError(f"cannot write {path}: is the disk full?") from error
+    except RuntimeError as error:  # torch.save() turns others into this: a full disk, or Ctrl-C
+        raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -529,11 +531,11 @@ def load_checkpoint(path, *scripts):
     """The checkpoint at path, saved by one of scripts. (weights_only: it cannot contain code.)"""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] in scripts:
+        if checkpoint["written_by"] in scripts:
             return checkpoint
     except Exception:  # there are many ways in which a damaged file can fail to load
         pass
-    raise ValueError(f"{path} is missing, damaged or not a checkpoint of {' or '.join(scripts)}")
+    raise ValueError(f"{path} is missing, damaged or no checkpoint of this {' or '.join(scripts)}")
 
 
 def parse_flags(Config):
@@ -601,7 +603,7 @@ def main():
     if checkpoint is None:
         parts = [text[: len(train_data)], text[len(train_data) :]]
         bytes_per_token = [len(part.encode()) / len(part) for part in parts]
-        checkpoint = dict(script="char_gpt", vocab=tokenizer.chars, history=[],
+        checkpoint = dict(written_by="char_gpt", vocab=tokenizer.chars, history=[],
                           bytes_per_token=bytes_per_token, must_match=must_match,
                           last=dict(step=0, n_read=0, seconds=0))
         with autocast:
@@ -610,6 +612,7 @@ def main():
     changed = [name for name in must_match if must_match[name] != checkpoint["must_match"][name]]
     if changed:
         raise ValueError(f"--resume: {config.out} began with another {' and '.join(changed)}")
+    print(f"from step {checkpoint['last']['step']} to step {config.max_iters}")
     checkpoint["config"] = vars(config)
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)
     step, _, _, best = min(checkpoint["history"], key=lambda entry: entry[3])

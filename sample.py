@@ -371,10 +371,10 @@ def load_model(name):
     """Model, tokenizer and checkpoint. For a published model or a folder, that is an empty dict."""
     no_checkpoint = name in bpe_gpt.SIZES or os.path.isdir(name)
     checkpoint = {} if no_checkpoint else load_checkpoint(name, *CHARACTER_MODELS, "bpe_gpt")
-    if no_checkpoint or checkpoint["script"] == "bpe_gpt":
+    if no_checkpoint or checkpoint["written_by"] == "bpe_gpt":
         model, tokenizer = bpe_gpt.load_pretrained(name, {}, {})
         return model.eval(), bpe_gpt.find_tokenizer(model, tokenizer), checkpoint
-    Config, Model = CHARACTER_MODELS[checkpoint["script"]]
+    Config, Model = CHARACTER_MODELS[checkpoint["written_by"]]
     model = Model(Config(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     model.text_before = checkpoint["vocab"][0]  # in Shakespeare, the line break

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import regex  # comes with tiktoken
 import torch
+import torch.nn.functional as F
 from conftest import PLAY, ROOT, SHAKESPEARE, needs_gpt2_tokenizer, needs_shakespeare, one_line_error
 from numpy_gpt2 import gpt2
 
@@ -196,6 +197,39 @@ def test_gpt2_says_what_others_have_published(prompt, n_tokens, continuation):
     assert tokenizer.decode(ids).startswith(continuation)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [511, 512, 513, 600])
+def test_long_texts_are_causal_in_every_type(T, dtype):
+    """Whichever way attention is computed. The last position sees all, the first only itself."""
+    torch.manual_seed(0)
+    layer = bpe_gpt.CausalSelfAttention(GPTConfig(n_head=2, n_embd=8)).to(dtype)
+    x = torch.randn(1, T, 8, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    for position in (0, T // 2, T - 1):
+        (gradient,) = torch.autograd.grad(y[0, position].sum(), x, retain_graph=True)
+        seen = gradient[0].abs().sum(-1) > 0
+        assert not seen[position + 1 :].any(), f"position {position} sees a later one"
+        assert seen[position]
+
+
+@pytest.mark.parametrize("script", [bpe_gpt, char_gpt], ids=lambda script: script.__name__)
+def test_on_other_devices_attention_is_causal_by_a_constant(script, monkeypatch):
+    """A comparison in its place would become symbolic when compiled. Shapes alone are computed."""
+    seen = []
+    kernel = F.scaled_dot_product_attention
+
+    def spy(*args, is_causal=False):
+        seen.append(is_causal)
+        return kernel(*args, is_causal=is_causal)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with torch.device("meta"):
+        layer = script.CausalSelfAttention(script.GPTConfig(n_head=2, n_embd=8))
+        for T in (2, 513):
+            layer(torch.randn(1, T, 8))
+    assert seen == [True, True] and all(type(value) is bool for value in seen)
+
+
 # The cache
 
 
@@ -333,6 +367,31 @@ def test_random_strings_are_encoded_as_by_the_slow_encoder(learned):
         assert ids == slow_encode(text, tokens) and learned.decode(ids) == text
 
 
+def test_words_are_split_by_gpt2s_rule():
+    """Written out by hand: no letters with digits, a space with the word after it, endings apart."""
+    for text, expected in [
+        ("I'll say", ["I", "'ll", " say"]),
+        ("it's we've can't", ["it", "'s", " we", "'ve", " can", "'t"]),
+        ("they're he'd I'm", ["they", "'re", " he", "'d", " I", "'m"]),
+        ("I'LL don'tcha", ["I", "'", "LL", " don", "'t", "cha"]),
+        ("Hello   world", ["Hello", "  ", " world"]),
+        ("x1 22!? ok", ["x", "1", " 22", "!?", " ok"]),
+        ("a\n\nb \n", ["a", "\n", "\n", "b", " \n"]),
+        ("na\u00efve \u65e5\u672c", ["na\u00efve", " \u65e5\u672c"]),
+    ]:
+        assert regex.findall(bpe_gpt.WORDS, text) == expected, text
+
+
+def test_a_vocabulary_is_learned_from_the_training_part_alone(tmp_path):
+    """What occurs in the validation part only must not have shaped it."""
+    (tmp_path / "x.txt").write_text("abab cdcd " * 90 + "qzqz vwvw " * 10, encoding="utf-8")
+    config = GPTConfig(data=str(tmp_path / "x.txt"), vocab_size=300, block_size=8)
+    _, _, tokenizer = bpe_gpt.load_tokens(config, None)
+    tokens = token_bytes(tokenizer)
+    assert b"ab" in tokens and b"cd" in tokens
+    assert not any(b"qz" in token or b"vw" in token for token in tokens)
+
+
 def test_vocabularies_are_learned_as_by_the_slow_trainer():
     text = PLAY.read_text(encoding="utf-8")[:20_000]
     text += " aaa aaaa aaaaa" * 40 + " h\u00e9 \u00e9" * 30
@@ -405,6 +464,13 @@ def test_evaluation_counts_every_token_once(length, stride):
     assert evaluate(model, data) == pytest.approx(np.mean(losses), abs=1e-4)
 
 
+def test_evaluation_is_without_dropout_whatever_the_model_did_before():
+    model = build(block_size=16, dropout=0.5)
+    data = data_of(np.arange(100) % 300, block_size=16)
+    expected = evaluate(model.eval(), data)
+    assert evaluate(model.train(), data) == expected
+
+
 def test_the_example_of_a_stride_is_right():
     """In the docstring of evaluation_batches(): a b c d, then c d e f of which f and g are new."""
     batches = data_of(range(8), block_size=4, stride=2, batch_size=99).evaluation_batches()
@@ -448,13 +514,13 @@ def test_a_step_in_parts_is_the_step_of_the_whole(batch_size):
 
 def test_the_command_says_what_it_does(clone):
     output = (clone / "logs" / "bpe_gpt.txt").read_text(encoding="utf-8")
-    before = re.search(r"val loss (\S+) \(.*; a uniform guess: ln\(300\) = 5\.7038", output)[1]
+    before = re.search(r"^val loss (\S+) \(.*; a uniform guess: ln\(300\) = 5\.7038", output, re.MULTILINE)[1]
     assert float(before) == pytest.approx(5.7038, abs=0.3)
     loss, perplexity, bits = re.search(
         r"step 60: .* (\S+) \(perplexity (\S+), (\S+) bits/byte\) val", output).groups()
     assert float(loss) < 4.5 and 2 < float(bits) < 5
     assert float(perplexity) == pytest.approx(math.exp(float(loss)), abs=0.01)
-    for part in ("--full", "parameters", "16 sequences of 32 tokens per step", "best val loss"):
+    for part in ("--full", "parameters", "step 0: 16 x 32 tokens in each step", "best val loss"):
         assert part in output
     assert "next: python sample.py out/bpe_gpt.pt" in output
 
@@ -485,7 +551,7 @@ def untrained(learned, tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "untrained.pt"
     config = GPTConfig(**{**SMALL, "vocab_size": learned.n_vocab})
-    torch.save(dict(script="bpe_gpt", config=vars(config), model=GPT(config).state_dict(),
+    torch.save(dict(written_by="bpe_gpt", config=vars(config), model=GPT(config).state_dict(),
                     vocab=token_bytes(learned)), path)
     return path
 
@@ -520,7 +586,7 @@ def test_fine_tuning_that_was_stopped_goes_on_as_if_it_had_not_been(
 
 def test_fine_tuning_goes_on_from_the_weights_it_was_given(command, untrained, capsys):
     checkpoint = command("x.pt", "--init", untrained, *STEPS.split())
-    before = float(re.search(r"before training: val loss (\S+) ", capsys.readouterr().out)[1])
+    before = float(re.search(r"^val loss (\S+) ", capsys.readouterr().out, re.MULTILINE)[1])
     model, tokenizer = load_pretrained(untrained, {}, {})
     val_data = TextData(encode(tokenizer, TEXT[int(0.9 * len(TEXT)) :]), model.config)
     assert before == pytest.approx(evaluate(model, val_data), abs=0.01)
@@ -531,7 +597,7 @@ def test_a_fine_tuned_checkpoint_is_fine_tuned_again(command, untrained, tmp_pat
     command("a.pt", "--init", untrained, *STEPS.split())
     command("b.pt", "--init", tmp_path / "a.pt", *STEPS.split())
     output = capsys.readouterr().out
-    after, before = re.search(r"best val loss (\S+) (?s:.*)\nbefore training: val loss (\S+) ", output).groups()
+    after, before = re.search(r"best val loss (\S+) (?s:.*)\nval loss (\S+) ", output).groups()
     assert after == before
 
 
@@ -571,9 +637,12 @@ def test_a_folder_of_tokens_is_trained_on_without_being_read_whole(command, tmp_
         command("x.pt", "--data", tmp_path, *size, *STEPS.split())
 
 
-def test_more_processes_than_sequences_are_refused(tmp_path, monkeypatch):
-    """Each needs one in every step."""
-    (tmp_path / "play.txt").write_text(TEXT, encoding="utf-8")
-    flags = f"{SIZE} --total_batch_size 15 --data play.txt"
-    error = one_line_error(ROOT / "bpe_gpt.py", *flags.split(), cwd=tmp_path)
-    assert "--total_batch_size must be at least 16" in error
+@pytest.mark.parametrize("flags", ["--total_batch_size 31", "--total_batch_size 64"])
+def test_more_processes_than_rows_are_refused(command, monkeypatch, tmp_path, flags):
+    """Each needs one in every step: 31 tokens are one row of 16, and so is a very short text."""
+    (tmp_path / "short.txt").write_text("To be, or not. " * 2, encoding="utf-8")
+    monkeypatch.setattr(bpe_gpt, "N_PROCESSES", 2)
+    monkeypatch.setattr(bpe_gpt, "join_processes", lambda device: None)
+    data = ["--data", tmp_path / "short.txt"] if "64" in flags else []
+    with pytest.raises(ValueError, match="--total_batch_size must be at least 32"):
+        command("x.pt", *SIZE.split(), *flags.split(), *data)

@@ -102,6 +102,20 @@ def test_a_beam_of_1_takes_the_likeliest_token_each_time(script, n):
 
 
 @GPTS
+def test_beams_are_all_results_in_order_by_the_mean_over_their_new_tokens(script):
+    """After a prompt of 20 tokens, with a cache where there is one; and each as if alone."""
+    model, prompt, end = tiny(script, block_size=32, std=0.8), list(range(5)) * 4, 2
+    found = beam_search(model, torch.tensor([prompt]), 6, width=4, end=end)
+    means = []
+    for text in found:
+        ids = torch.tensor([prompt + text])
+        log_probs = model(ids)[0][0, 19:-1].log_softmax(-1)
+        means.append(log_probs[range(len(text)), text].mean().item())
+        assert text[-1] == end or len(text) == 6
+    assert len(found) >= 4 and means == sorted(means, reverse=True)
+
+
+@GPTS
 @pytest.mark.parametrize("seed", range(3))
 def test_a_beam_that_keeps_all_prefixes_finds_the_best_of_all_texts(script, seed):
     """The best by the mean log-probability of their tokens: texts that end early are shorter."""
@@ -145,6 +159,7 @@ def test_what_may_become_a_stop_or_a_character_is_held_back_until_it_is_certain(
     assert streamed(b"xST", b"AR", stop="STOP") == ["x", "STAR", ""]
     assert streamed(b"xST", stop="STOP") == ["x", "ST"]
     assert streamed(b"aab", b"aac", stop="aabaad") == ["", "aabaac", ""]
+    assert "".join(streamed(*[bytes([c]) for c in b"xaaab!"], stop="aab")) == "xa"
     star = "\u2605".encode()
     assert streamed(b"a" + star[:1], star[1:2], star[2:] + b"b") == ["a", "", "\u2605b", ""]
     assert streamed(b"a" + star[:2]) == ["a", "\ufffd"]
@@ -224,9 +239,10 @@ def test_the_attention_shown_is_the_attention_at_work(script):
         x = block(x)
 
 
+@pytest.mark.parametrize("layer, head", [(0, 1), (1, 0), (1, 1)])
 @pytest.mark.parametrize("script", SCRIPTS[1:])
-def test_attention_is_drawn_with_tokens_along_both_sides(command, script):
-    flags = ("--attention", "The sea, the sea", "--layer", "1", "--head", "1")
+def test_attention_is_drawn_with_tokens_along_both_sides(command, script, layer, head):
+    flags = ("--attention", "The sea, the sea", "--layer", layer, "--head", head)
     _, *lines, _ = command(f"out/{script}.pt", *flags).out.splitlines()
     model, tokenizer, _ = load_model(f"out/{script}.pt")
     ids = tokenizer.encode_ordinary("The sea, the sea")
@@ -236,7 +252,7 @@ def test_attention_is_drawn_with_tokens_along_both_sides(command, script):
     columns = itertools.zip_longest(*lines[: -len(ids)], fillvalue=" ")
     columns = ["".join(column).rstrip() for column in columns][width + 1 :: 2]
     assert columns == names
-    for row, weights in zip(rows, sample.attention_weights(model, ids)[1, 1]):
+    for row, weights in zip(rows, sample.attention_weights(model, ids)[layer, head]):
         shades = [sum(w >= limit for limit in (0.04, 0.16, 0.36, 0.64)) for w in weights.tolist()]
         assert row[width + 1 :] == "".join(2 * " \u2591\u2592\u2593\u2588"[s] for s in shades)
 

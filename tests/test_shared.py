@@ -315,9 +315,9 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
     for name, write in (("torch.pt", torch.save), ("pickle.pt", lambda o, f: pickle.dump(o, f, 2))):
         file = io.BytesIO()
-        write({"script": "char_gpt", "model": Harmful()}, file)
+        write({"written_by": "char_gpt", "model": Harmful()}, file)
         (tmp_path / name).write_bytes(file.getvalue())
-        with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+        with pytest.raises(ValueError, match="damaged or no checkpoint"):
             char_gpt.load_checkpoint(tmp_path / name, "char_gpt")
     assert not (tmp_path / "harm").exists()
 

@@ -165,6 +165,47 @@ def test_no_step_is_made_with_a_gradient_that_is_not_finite(script):
 
 
 @for_each_gpt
+def test_a_step_is_made_in_training_mode(script):
+    model = build(script).eval()
+    take_step(script, model, script.GPTConfig())
+    assert model.training
+
+
+@for_each_gpt
+def test_weight_decay_shrinks_the_matrices_of_the_blocks_and_nothing_else(script):
+    """With gradients of zero, a step is the decay alone: p * (1 - rate * decay)."""
+    model = build(script)
+    config = script.GPTConfig(muon_learning_rate=0.02, weight_decay=5.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for optimizer in script.make_optimizers(model, config):
+        optimizer.step()
+    for name, p in model.named_parameters():
+        decayed = ".h." in name and p.dim() == 2
+        assert torch.allclose(p, before[name] * (1 - 0.02 * 5.0 * decayed)), name
+
+
+@for_each_gpt
+def test_the_projections_onto_the_residual_stream_start_smaller(script):
+    model = build(script, n_layer=8, n_embd=128)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            std = 0.02 / math.sqrt(2 * 8) if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.1), name
+
+
+@for_each_gpt
+def test_dropout_is_of_what_a_part_adds_and_not_of_the_stream(script):
+    """With all dropped, a block leaves its input as it is; with all embeddings dropped, nothing is
+    left, and the scores are those of ln_f's bias, which starts at zero."""
+    model = build(script, dropout=1.0).train()
+    x = torch.randn(2, 16, 32)
+    assert torch.equal(model.transformer.h[0](x), x)
+    assert torch.all(model(torch.randint(65, (2, 16)))[0] == 0)
+
+
+@for_each_gpt
 def test_dropout_drops_other_activations_in_every_step(script):
     """And the same ones where the seed and the step are the same."""
     config = script.GPTConfig()
@@ -326,6 +367,39 @@ def test_the_weights_kept_for_sampling_are_the_best(script, train, monkeypatch):
 
 
 @for_each_gpt
+def test_of_several_losses_the_lowest_decides_and_its_weights_are_a_copy(
+    script, train, monkeypatch
+):
+    losses = [9.0, 3.0, 1.0, 2.5, 2.0]  # before training, and at four evaluations
+    weights = []
+
+    def evaluate(model, *rest):
+        weights.append(model.lm_head.weight.detach().clone())
+        return losses[len(weights) - 1]
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    checkpoint = train(script, "x.pt", FLAGS[script] + " --max_iters 16")
+    assert [entry[3] for entry in checkpoint["history"]] == losses[1:]
+    assert torch.equal(checkpoint["model"]["lm_head.weight"], weights[2])
+    assert torch.equal(checkpoint["last"]["model"]["lm_head.weight"], weights[4])
+
+
+@for_each_gpt
+def test_the_training_loss_is_the_mean_since_the_last_evaluation(script, train, monkeypatch):
+    training_step = script.training_step
+    losses = []
+
+    def record(*args):
+        losses.append(training_step(*args))
+        return losses[-1]
+
+    monkeypatch.setattr(script, "training_step", record)
+    checkpoint = train(script, "x.pt", FLAGS[script])
+    for i, entry in enumerate(checkpoint["history"]):
+        assert entry[2] == pytest.approx(np.mean(losses[4 * i : 4 * i + 4]), rel=1e-6)
+
+
+@for_each_gpt
 def test_the_learning_rate_rises_soon_and_falls_to_zero_along_half_a_cosine(
     script, train, monkeypatch
 ):
@@ -464,7 +538,7 @@ def test_resume_trains_for_longer_and_names_what_does_not_match(clone):
     few = "--data data/the-glass-harbour.txt --n_layer 1 --n_head 1 --n_embd 16 --block_size 16 "
     few += "--max_iters 4 --eval_interval 2 --out r.pt"
     output, _ = run("char_gpt.py", "--resume", *few.split(), cwd=clone)
-    assert "before training" in output, "there is nothing to resume yet: a new run"
+    assert "from step 0 to step 4" in output, "there is nothing to resume yet: a new run"
     resume = ("--resume", "--out", "r.pt")
     (clone / "other.txt").write_text("".join(sorted(PLAY.read_text(encoding="utf-8"))))
     for flags, names in (("--n_layer 2", "n_layer"), ("--n_head 2 --n_embd 32", "n_head and n_embd"),
@@ -472,4 +546,43 @@ def test_resume_trains_for_longer_and_names_what_does_not_match(clone):
         error = one_line_error("char_gpt.py", *resume, *flags.split(), cwd=clone)
         assert f"--resume: r.pt began with another {names}" in error
     output, _ = run("char_gpt.py", *resume, "--max_iters", "6", cwd=clone)
-    assert "before training" not in output and "step 6:" in output
+    assert "before training" not in output and "from step 4 to step 6" in output
+
+
+def test_a_checkpoint_of_an_older_version_gets_one_line(tmp_path):
+    torch.save(dict(script="char_gpt", config={"fused": True}, model={}), tmp_path / "x.pt")
+    for command in ("char_gpt.py --resume --out x.pt", "sample.py x.pt"):
+        script, *flags = command.split()
+        assert "no checkpoint of this" in one_line_error(ROOT / script, *flags, cwd=tmp_path)
+
+
+@for_each_gpt
+def test_ctrl_c_while_saving_is_ctrl_c(script, train, monkeypatch, tmp_path):
+    """torch.save() makes a RuntimeError of it; and the old checkpoint stays whole."""
+    train(script, "x.pt", FLAGS[script] + " --max_iters 4")
+    before = (tmp_path / "x.pt").read_bytes()
+
+    def interrupted(*args):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(script.torch, "save", interrupted)
+    monkeypatch.setattr(sys, "argv", f"x --out x.pt --resume --max_iters 8 --data play.txt".split())
+    with pytest.raises(KeyboardInterrupt):
+        script.main()
+    assert (tmp_path / "x.pt").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@for_each_gpt
+def test_a_run_whose_loss_is_no_number_keeps_the_older_checkpoint(
+    script, train, monkeypatch, tmp_path
+):
+    train(script, "x.pt", FLAGS[script])
+    before = (tmp_path / "x.pt").read_bytes()
+    monkeypatch.setattr(script, "evaluate", lambda *args: math.nan)
+    with pytest.raises(ValueError, match="validation loss nan after step 4: try lower learning"):
+        train(script, "x.pt", FLAGS[script])
+    assert (tmp_path / "x.pt").read_bytes() == before

@@ -45,7 +45,7 @@ def folder(tmp_path):
 def checkpoint(tmp_path, tokenizer):
     """The path of a checkpoint as bpe_gpt.py saves it, and the model in it."""
     model = GPT(GPTConfig(**SMALL))
-    torch.save(dict(script="bpe_gpt", config=SMALL, model=model.state_dict(),
+    torch.save(dict(written_by="bpe_gpt", config=SMALL, model=model.state_dict(),
                     vocab=vocabulary(tokenizer)), tmp_path / "x.pt")
     return tmp_path / "x.pt", model
 
@@ -445,7 +445,7 @@ def test_nothing_that_is_loaded_runs_as_code(folder, name):
         def __reduce__(self):
             return open, (str(folder / "harm"), "w")
 
-    torch.save({"script": "bpe_gpt", "config": SMALL, "model": Harmful()}, folder / name)
+    torch.save({"written_by": "bpe_gpt", "config": SMALL, "model": Harmful()}, folder / name)
     with pytest.raises(ValueError, match="cannot load"):
         GPT.from_pretrained(folder if name == "model.safetensors" else folder / name)
     assert not (folder / "harm").exists()
