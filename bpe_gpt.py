@@ -590,7 +590,7 @@ def make_optimizers(model, config):
 
 def training_step(model, optimizers, x, y, step, progress, config, autocast):
     """One step of gradient descent; returns the loss. progress: the fraction of the run so far. The
-    gradients of several batches add up (gradient accumulation), so that memory has to hold one."""
+    gradients of several batches add up (gradient accumulation): memory holds only one at a time."""
     # The learning rates rise while the optimizers' means are not yet reliable, and then fall to
     # zero along half a cosine wave: large steps to get near a minimum, small ones to settle in it.
     warmup = (step + 1) / (config.warmup_iters + 1)
