@@ -202,10 +202,10 @@ class TextData:
     def training_batch(self, step):
         """Every epoch cuts the text at other places, beginning at another offset."""
         n_stretches = max(1, (len(self.tokens) - 1) // self.T - 1)
-        epoch, numbers = pick_rows(n_stretches, step, self.config)
+        epoch, chosen = pick_rows(n_stretches, step, self.config)
         rng = np.random.default_rng((self.config.seed, epoch))
         offset = rng.integers(len(self.tokens) - n_stretches * self.T)
-        return make_batch([self.row(offset + self.T * n) for n in numbers])
+        return make_batch([self.row(offset + self.T * n) for n in chosen])
 
     def evaluation_batches(self):
         """Windows of T tokens, end to end or, with a stride, overlapping. Each token is predicted
@@ -239,8 +239,8 @@ class InstructionData:
         self.rows = [(x, y) for x, y in rows if len(x) <= config.block_size]
 
     def training_batch(self, step):
-        _, numbers = pick_rows(len(self.rows), step, self.config)
-        return make_batch([self.rows[n] for n in numbers])
+        _, chosen = pick_rows(len(self.rows), step, self.config)
+        return make_batch([self.rows[n] for n in chosen])
 
     def evaluation_batches(self):
         for i in range(0, len(self.rows), self.config.batch_size):
@@ -304,7 +304,7 @@ def read_records(path):
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
         return [{"instruction": str(r["instruction"]), "input": str(r.get("input") or ""),
-                 "output": str(r["output"])} for r in records if r["instruction"] and r["output"]]
+                 "output": str(r["output"])} for r in records if r["output"] not in ("", None)]
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: each record needs an instruction and an output") from None
 
@@ -805,8 +805,8 @@ def read_safetensors(path):
         name = "transformer." + name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight", "__metadata__")):
             continue  # causal masks, which are not learned; another name of wte; a comment
-        first, last = entry["data_offsets"]
-        tensor = torch.from_numpy(data[start + first : start + last])
+        begin, end = entry["data_offsets"]
+        tensor = torch.from_numpy(data[start + begin : start + end])
         tensor = tensor.view(DTYPES[entry["dtype"]]).view(entry["shape"])
         if name.endswith(TRANSPOSED):
             tensor = tensor.t()

@@ -186,18 +186,19 @@ def test_a_record_may_lack_an_input(tmp_path):
     assert read_records(tmp_path / "x.json") == RECORDS
 
 
-def test_records_without_an_instruction_or_an_output_are_skipped(tmp_path):
-    useless = [{"instruction": "x", "output": ""}, {"instruction": "x", "output": None},
-               {"instruction": "", "input": "x", "output": "x"}]
+def test_records_without_an_output_are_skipped(tmp_path):
+    useless = [{"instruction": "x", "output": ""}, {"instruction": "x", "output": None}]
     (tmp_path / "x.json").write_text(json.dumps(RECORDS[:5] + useless + RECORDS[5:]))
     assert read_records(tmp_path / "x.json") == RECORDS
 
 
 def test_an_input_may_be_null_and_an_answer_a_number(tmp_path):
-    record = {"instruction": "Add 1 and 2.", "input": None, "output": 3}
-    (tmp_path / "x.json").write_text(json.dumps([record]))
-    expected = {"instruction": "Add 1 and 2.", "input": "", "output": "3"}
-    assert read_records(tmp_path / "x.json") == [expected]
+    """Also the answer 0."""
+    records = [{"instruction": "Subtract.", "input": None, "output": n} for n in (3, 0, -1.5)]
+    (tmp_path / "x.json").write_text(json.dumps(records))
+    expected = [{"instruction": "Subtract.", "input": "", "output": text}
+                for text in ("3", "0", "-1.5")]
+    assert read_records(tmp_path / "x.json") == expected
 
 
 NEEDED = "x.json: each record needs an instruction and an output"
