@@ -100,7 +100,7 @@ INSTRUCTION_SETTINGS = dict(  # with --instructions; a fine-tuned model keeps it
 # Sequences of characters are long, and each character says little; there are too many words to list
 # them all. A token of GPT-2 is something in between: a string of bytes that occurs often, from a
 # single byte to a long word. A text is first split into words: letters (\p{L}), digits (\p{N}) or
-# other signs, each with the space before it; endings such as 's; white space, less such a space.
+# other signs, each with the space before it; endings such as 's; the rest of the white space.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"  # a token between texts; encode() needs allowed_special to find it
 
