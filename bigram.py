@@ -8,8 +8,8 @@ and puts a transformer, the kind of model that GPT-2 is, in the table's place.
     python bigram.py                       # 5 seconds on two CPU cores
     python bigram.py --data my_text.txt    # any text file in UTF-8
 
-The validation loss says how badly the model predicts a text that it has not seen. It falls from
-4.17 to 2.49. Counting pairs of characters finds the best table without training, with 2.48.
+The validation loss says how badly the model predicts text that it has not seen. On Tiny Shakespeare
+it falls from 4.17 to 2.49. The best table, found by counting pairs of characters, reaches 2.48.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -78,9 +78,9 @@ def get_batch(data, config, step):
     later: y[b, t] is the token that follows x[b, t]. So every row holds T exercises in prediction.
 
     The data is visited in epochs. Each epoch cuts it into stretches, shuffles them, and uses each
-    once, B at a time. (The last few, if they do not fill a batch, are left out.) The
-    first stretch begins at a random offset, so that every epoch cuts the data in other places. All
-    of this depends only on the seed and the step, so that a run can be repeated or resumed."""
+    once, B at a time. (The last few, if they do not fill a batch, are left out.) The first stretch
+    begins at a random offset, so that every epoch cuts the data in other places. All of this
+    depends only on the seed and the step, so that a run can be repeated or resumed."""
     B = config.batch_size
     T = config.block_size
     n_stretches = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
@@ -247,7 +247,7 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() turns others into this: a full disk, or Ctrl-C
+    except RuntimeError as error:  # torch.save() makes this of any other: a full disk, Ctrl-C
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
@@ -299,7 +299,7 @@ def main():
     loss = evaluate(model, val_data, config)
     print(f"before training: val loss {loss:.4f}; a uniform guess: ln({V}) = {math.log(V):.4f}")
     parts = [text[: len(train_data)], text[len(train_data) :]]
-    bytes_per_token = [len(part.encode()) / len(part) for part in parts]
+    bytes_per_token = [len(part.encode()) / len(part) for part in parts]  # training, validation
     checkpoint = dict(written_by="bigram", config=vars(config), vocab=tokenizer.chars, history=[],
                       bytes_per_token=bytes_per_token)
     train(model, train_data, val_data, tokenizer, config, checkpoint)

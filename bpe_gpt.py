@@ -190,7 +190,7 @@ class TextData:
         self.hash = hashlib.sha256(np.concatenate(parts).tobytes()).hexdigest()
         self.tokens = tokens
         self.config = config
-        self.T = min(config.block_size, len(tokens) - 1)
+        self.T = min(config.block_size, len(tokens) - 1)  # inputs in a row
 
     def row(self, start):
         """T inputs from start on, or what is left, and the targets, which come one token later."""
@@ -329,7 +329,7 @@ def load_instructions(config, tokenizer):
 
 def load_tokens(config, tokenizer):
     """Training data (the first 90% of a text), validation data (the rest; with --eval_only, all)
-    and the tokenizer, as above. A folder has GPT-2's tokens, as 16-bit integers, of any number."""
+    and the tokenizer, as above. A folder has GPT-2's tokens: 16-bit integers, of any number."""
     if os.path.isdir(config.data):
         if config.vocab_size != GPTConfig.vocab_size:
             raise ValueError(f"{config.data} has GPT-2's tokens, not those of another vocabulary")
@@ -683,7 +683,7 @@ def save(checkpoint, started, model, optimizers, path):
 
 
 def restore(last, model, optimizers):
-    """Go back to "last". Returns the step, the tokens read, and the start, as if without breaks."""
+    """Go back to "last". Returns step, tokens read, and the start time of a run without a break."""
     if last["step"] > 0:
         model.load_state_dict(last["model"])
         for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
@@ -693,7 +693,7 @@ def restore(last, model, optimizers):
 
 
 def bytes_per_token(data, tokenizer):
-    batches = itertools.islice(data.evaluation_batches(), 1000)  # enough to measure it
+    batches = itertools.islice(data.evaluation_batches(), 1000)  # enough, if there are more
     targets = torch.cat([y[y != -100] for _, y in batches])
     text = targets[targets != tokenizer.eot_token]  # which is a token, but stands for no bytes
     return len(tokenizer.decode_bytes(text.tolist())) / len(targets)
@@ -835,7 +835,7 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() turns others into this: a full disk, or Ctrl-C
+    except RuntimeError as error:  # torch.save() makes this of any other: a full disk, Ctrl-C
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
@@ -865,7 +865,7 @@ def load_checkpoint(path, *scripts):
             return checkpoint
     except Exception:  # there are many ways in which a damaged file can fail to load
         pass
-    raise ValueError(f"{path} is missing, damaged or no checkpoint of this {' or '.join(scripts)}")
+    raise ValueError(f"{path} is missing, damaged or not written by this {' or '.join(scripts)}")
 
 
 def parse_flags(Config):
@@ -906,7 +906,7 @@ def join_processes(device):
     if N_PROCESSES > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", RANK)))
-        # They meet in a store, which outlives a restart. The prefix sets their entries apart.
+        # They meet in a store that outlives a restart: the prefix tells new entries from old ones.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(store=store, rank=RANK, world_size=N_PROCESSES)
@@ -983,7 +983,7 @@ def main():
     changed = [name for name in must_match if must_match[name] != checkpoint["must_match"][name]]
     if changed:
         raise ValueError(f"--resume: {config.out} began with another {' and '.join(changed)}")
-    print(f"step {checkpoint['last']['step']}: {n_rows} x {config.block_size} tokens in each step")
+    print(f"from step {checkpoint['last']['step']}: {n_rows} x {config.block_size} tokens per step")
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
     checkpoint["config"] = vars(config)
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)

@@ -101,9 +101,9 @@ def get_batch(data, config, step):
     later: y[b, t] is the token that follows x[b, t]. So every row holds T exercises in prediction.
 
     The data is visited in epochs. Each epoch cuts it into stretches, shuffles them, and uses each
-    once, B at a time. (The last few, if they do not fill a batch, are left out.) The
-    first stretch begins at a random offset, so that every epoch cuts the data in other places. All
-    of this depends only on the seed and the step, so that a run can be repeated or resumed."""
+    once, B at a time. (The last few, if they do not fill a batch, are left out.) The first stretch
+    begins at a random offset, so that every epoch cuts the data in other places. All of this
+    depends only on the seed and the step, so that a run can be repeated or resumed."""
     B = config.batch_size
     T = config.block_size
     n_stretches = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
@@ -363,10 +363,10 @@ def make_optimizers(model, config):
     running mean of the gradients, Muon makes a matrix with the same directions, in which all
     strengths are about 1. So the model also learns what the few strong directions would hide.
 
-    Muon is for the matrices in the blocks. Gains and biases are no matrices, and in an embedding
-    each row belongs to a token of its own, whose gradient should not be mixed with others: these
-    are left to Adam. The matrices in the blocks also get weight decay, which shrinks them a little
-    at each step, so that only what the gradients keep asking for becomes large."""
+    Muon is for the matrices in the blocks. Gains and biases are not matrices, and in an embedding
+    each row belongs to a token of its own, whose gradient should not be mixed with those of others:
+    these are left to Adam. The matrices in the blocks also get weight decay, which shrinks them a
+    little at each step, so that only what the gradients keep asking for becomes large."""
     matrices = []
     others = []
     for name, p in model.named_parameters():
@@ -461,7 +461,7 @@ def save(checkpoint, started, model, optimizers, path):
 
 
 def restore(last, model, optimizers):
-    """Go back to "last". Returns the step, the tokens read, and the start, as if without breaks."""
+    """Go back to "last". Returns step, tokens read, and the start time of a run without a break."""
     if last["step"] > 0:
         model.load_state_dict(last["model"])
         for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
@@ -505,7 +505,7 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() turns others into this: a full disk, or Ctrl-C
+    except RuntimeError as error:  # torch.save() makes this of any other: a full disk, Ctrl-C
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
@@ -535,7 +535,7 @@ def load_checkpoint(path, *scripts):
             return checkpoint
     except Exception:  # there are many ways in which a damaged file can fail to load
         pass
-    raise ValueError(f"{path} is missing, damaged or no checkpoint of this {' or '.join(scripts)}")
+    raise ValueError(f"{path} is missing, damaged or not written by this {' or '.join(scripts)}")
 
 
 def parse_flags(Config):
@@ -601,7 +601,7 @@ def main():
     must_match = {n: getattr(config, n) for n in ("n_layer", "n_head", "n_embd", "block_size")}
     must_match["text"] = hashlib.sha256(text.encode()).hexdigest()
     if checkpoint is None:
-        parts = [text[: len(train_data)], text[len(train_data) :]]
+        parts = [text[: len(train_data)], text[len(train_data) :]]  # training, validation
         bytes_per_token = [len(part.encode()) / len(part) for part in parts]
         checkpoint = dict(written_by="char_gpt", vocab=tokenizer.chars, history=[],
                           bytes_per_token=bytes_per_token, must_match=must_match,

@@ -520,7 +520,7 @@ def test_the_command_says_what_it_does(clone):
         r"step 60: .* (\S+) \(perplexity (\S+), (\S+) bits/byte\) val", output).groups()
     assert float(loss) < 4.5 and 2 < float(bits) < 5
     assert float(perplexity) == pytest.approx(math.exp(float(loss)), abs=0.01)
-    for part in ("--full", "parameters", "step 0: 16 x 32 tokens in each step", "best val loss"):
+    for part in ("--full", "parameters", "from step 0: 16 x 32 tokens per step", "best val loss"):
         assert part in output
     assert "next: python sample.py out/bpe_gpt.pt" in output
 

@@ -317,7 +317,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         file = io.BytesIO()
         write({"written_by": "char_gpt", "model": Harmful()}, file)
         (tmp_path / name).write_bytes(file.getvalue())
-        with pytest.raises(ValueError, match="damaged or no checkpoint"):
+        with pytest.raises(ValueError, match="damaged or not written by"):
             char_gpt.load_checkpoint(tmp_path / name, "char_gpt")
     assert not (tmp_path / "harm").exists()
 

@@ -555,7 +555,7 @@ def test_a_checkpoint_of_an_older_version_gets_one_line(tmp_path):
     torch.save(dict(script="char_gpt", config={"fused": True}, model={}), tmp_path / "x.pt")
     for command in ("char_gpt.py --resume --out x.pt", "sample.py x.pt"):
         script, *flags = command.split()
-        assert "no checkpoint of this" in one_line_error(ROOT / script, *flags, cwd=tmp_path)
+        assert "not written by this" in one_line_error(ROOT / script, *flags, cwd=tmp_path)
 
 
 @for_each_gpt
