@@ -1,9 +1,8 @@
 """Bigram language model: predict the next character from the current one alone.
 
 The model is a table of 65 x 65 scores: row i says how likely each character is to follow character
-i. Everything around the table is what GPT-2 needs too: text turned into integers and cut into
-batches, a loss, gradient descent, validation, sampling. Read char_gpt.py next: it keeps all of this
-and puts a transformer, the kind of model that GPT-2 is, in the table's place.
+i. Everything around the table is what GPT-2 needs too: text turned into integers, batches, a loss,
+gradient descent, validation, sampling. char_gpt.py puts a transformer in the table's place.
 
     python bigram.py                       # 5 seconds on two CPU cores
     python bigram.py --data my_text.txt    # any text file in UTF-8
@@ -77,10 +76,9 @@ def get_batch(data, config, step):
     row of x is a stretch of T = block_size tokens, and the row of y is the same stretch one token
     later: y[b, t] is the token that follows x[b, t]. So every row holds T exercises in prediction.
 
-    The data is visited in epochs. Each epoch cuts it into stretches, shuffles them, and uses each
-    once, B at a time. (The last few, if they do not fill a batch, are left out.) The first stretch
-    begins at a random offset, so that every epoch cuts the data in other places. All of this
-    depends only on the seed and the step, so that a run can be repeated or resumed."""
+    Each epoch cuts the data into stretches, shuffles them and uses each once, B at a time. (A rest
+    that does not fill a batch is left out.) It begins at a random offset, to cut in other places
+    than the last. All of this depends only on seed and step, so that a run can be repeated."""
     B = config.batch_size
     T = config.block_size
     n_stretches = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
@@ -134,14 +132,12 @@ def count_bigrams(data, vocab_size, add=0):
     exp(ln(count)) is the count, and it is divided by the sum of all counts in its row.
 
     No table has a lower loss on this data. For row i, the gradient of the loss is proportional to
-    softmax(row i) minus the frequencies with which characters follow i. It is zero when these are
-    equal, and since the loss is a convex function, that is its minimum: the conditional entropy, or
-    what one character leaves open about the next. A better model has to look further back.
+    softmax(row i) minus these frequencies. It is zero when they are equal, and since the loss is a
+    convex function, that is its minimum. A better model has to look further back.
 
-    add=1 adds one to every count. Without it, a pair that never occurs in data would have
-    probability 0, and a single such pair in the validation text would make the loss infinite."""
-    # The pair (a, b) gets the number a * vocab_size + b, which is the position of row a, column b
-    # when the rows of the table are laid end to end.
+    add=1 adds one to every count. Without it, the probability of a pair that is not in data would
+    be 0, and one such pair in the validation text would make the loss infinite."""
+    # The number of the pair (a, b) is its place in the table, if its rows are laid end to end.
     pairs = data[:-1] * vocab_size + data[1:]
     counts = torch.bincount(pairs, minlength=vocab_size**2)  # how often each number occurs
     model = BigramLanguageModel(BigramConfig(vocab_size))
@@ -184,9 +180,8 @@ def evaluate(model, data, config):
 
 
 def train(model, train_data, val_data, tokenizer, config, checkpoint):
-    """Gradient descent. The gradient says how the loss changes if a parameter is changed a little.
-    Move every parameter a small step against its gradient, and the loss falls. Then do the same
-    with the next batch. The losses at each evaluation are added to the checkpoint's history."""
+    """Gradient descent. The gradient says how the loss changes if a parameter is changed a little:
+    move each one a small step against its gradient, and the loss falls. Repeat with new data."""
     losses = []  # of the steps since the last evaluation: their mean is the training loss
     for step in range(config.max_iters):
         x, y = get_batch(train_data, config, step)
@@ -196,9 +191,8 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint):
         # and finds, by the chain rule, the gradient of the loss for every parameter p: p.grad.
         loss.backward()
         # Large steps to get near the minimum, then ever smaller ones to settle in it. (A rate of
-        # 200 is unusually high: only a few of the 8,192 characters in a batch use any one row of
-        # the table, so its gradient is tiny. For the rarest characters even this rate is too low.
-        # char_gpt.py has a remedy, Adam: a rate of its own for each parameter.)
+        # 200 is unusually high: few of the 8,192 characters in a batch use any one row of the
+        # table, so its gradient is tiny. Adam, in char_gpt.py, has a rate for each parameter.)
         learning_rate = config.learning_rate * (1 - step / config.max_iters)
         with torch.no_grad():  # the update is no part of the loss, and need not be recorded
             for p in model.parameters():
@@ -280,14 +274,18 @@ def parse_flags(Config):
         kind = switch if field.type is bool else {"type": field.type}
         parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
     flags = vars(parser.parse_args())
+    for name, value in flags.items():
+        least = 1 if name.endswith(("_size", "_interval", "max_iters")) else 0
+        if not isinstance(value, str) and not value >= least:  # this refuses nan, too
+            raise ValueError(f"--{name} {value}: it must be at least {least}")
     if "out" in flags and not flags["out"].endswith(".pt"):
         raise ValueError(f"--out {flags['out']}: the name of a checkpoint must end in .pt")
     return flags
 
 
 def main():
-    # Print any character on any terminal, and each line at once, even into a file.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # print any character, and each line at once
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     config = BigramConfig(**parse_flags(BigramConfig))
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
     text = load_text(config.data)
@@ -318,3 +316,5 @@ if __name__ == "__main__":
         main()
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; nothing has been saved")

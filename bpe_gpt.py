@@ -5,9 +5,8 @@ weights that OpenAI published, from 124 million to 1.5 billion parameters; fine-
 text, or on instructions to be answered; and training in several processes.
 
     python bpe_gpt.py                 # train from scratch: GPT-2 124M, or a small model on a CPU
-    python bpe_gpt.py --full          # GPT-2 124M on a CPU, too
     python bpe_gpt.py --init gpt2     # fine-tune GPT-2 on Shakespeare; downloads 548 MB once
-    python bpe_gpt.py --init gpt2-medium --data my_text.txt --eval_only --stride 512
+    python bpe_gpt.py --init gpt2-medium --data my_text.txt --eval_only
     python bpe_gpt.py --init gpt2 --instructions data/instructions.json
     torchrun --nproc_per_node=8 bpe_gpt.py                        # on 8 GPUs
 
@@ -67,11 +66,10 @@ class GPTConfig:
     full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # of matrix products: float32 or bfloat16
-    compile: bool = True  # use torch.compile on a CUDA GPU
+    compile: bool = sys.platform == "linux"  # use torch.compile on a CUDA GPU
     resume: bool = False  # continue from the checkpoint, if there is one
     data: str = ""  # text file, or folder of train.bin and val.bin; default: Tiny Shakespeare
     instructions: str = ""  # JSON file of instructions with responses, to learn from instead
-    stride: int = 0  # evaluation: tokens from one window to the next; 0: windows end to end
     eval_only: bool = False  # print the loss on all of --data (of a folder, its val.bin), and end
     out: str = "out/bpe_gpt.pt"  # checkpoint, for sample.py, --resume and --init
 
@@ -115,7 +113,9 @@ def train_bpe(text, vocab_size):
     o-w occur three times each. When there is a tie, the pair with the lower token numbers comes
     first: l-o becomes the token "lo". The next merges are lo-w (three times), then space-low and
     " low"-e (twice each). After that no pair occurs twice, and learning ends."""
-    word_counts = Counter(regex.findall(WORDS, text))
+    words = regex.findall(WORDS, text)
+    # Very long words, as in DNA or Chinese, are learned in parts of 100 characters, to save time.
+    word_counts = Counter(word[i : i + 100] for word in words for i in range(0, len(word), 100))
     ids = {word: list(word.encode()) for word in word_counts}  # a byte is its own token number
     # A merge changes only the words that contain its pair, so only their pairs are counted again.
     pair_counts = Counter()
@@ -183,10 +183,8 @@ class TextData:
     def __init__(self, tokens, config):
         if len(tokens) < 2:
             raise ValueError("the text is too short: a part of it has fewer than two tokens")
-        # To recognize the text when a run is resumed. Of a folder: the size, beginning and end.
-        parts = [tokens]
-        if isinstance(tokens, np.memmap):
-            parts = [tokens[: 2**19], tokens[-(2**19) :], [len(tokens)]]
+        # To recognize the text when a run is resumed: size, beginning and end are enough.
+        parts = [tokens[: 2**19], tokens[-(2**19) :], [len(tokens)]]
         self.hash = hashlib.sha256(np.concatenate(parts).tobytes()).hexdigest()
         self.tokens = tokens
         self.config = config
@@ -197,7 +195,7 @@ class TextData:
         stretch = torch.from_numpy(self.tokens[start : start + self.T + 1].astype(np.int64))
         if stretch.max() >= self.config.vocab_size:
             raise ValueError(f"token {stretch.max()} at {start} or later is not in the vocabulary")
-        return stretch[:-1], stretch[1:].clone()  # evaluation_batches() changes the copy
+        return stretch[:-1], stretch[1:]
 
     def training_batch(self, step):
         """Every epoch cuts the text at other places, beginning at another offset."""
@@ -208,24 +206,12 @@ class TextData:
         return make_batch([self.row(offset + self.T * n) for n in chosen])
 
     def evaluation_batches(self):
-        """Windows of T tokens, end to end or, with a stride, overlapping. Each token is predicted
-        in the first window that reaches it. For example, with T = 4 and a stride of 2:
-
-            window     targets that count
-            a b c d    b c d e
-            c d e f        f g            (d and e have counted before, and are set to -100)
-
-        With windows end to end, f would have been predicted from e alone, not from c, d and e: a
-        short stride gives more context, but takes more windows."""
-        last = len(self.tokens) - 1
-        stride = min(self.config.stride or self.T, self.T)
-        starts = range(0, last - self.T + stride, stride)  # the last is the first to reach the end
+        """All stretches, end to end; the last one may be shorter."""
+        starts = range(0, len(self.tokens) - 1, self.T)
+        if not self.config.eval_only:  # in training, at most a million tokens, evenly spread
+            starts = starts[:: 1 + len(self.tokens) // 1_000_000]
         for i in range(0, len(starts), self.config.batch_size):
-            rows = [self.row(start) for start in starts[i : i + self.config.batch_size]]
-            for start, (_, y) in zip(starts[i:], rows):
-                if start > 0:
-                    y[: self.T - stride] = -100
-            yield make_batch(rows)
+            yield make_batch([self.row(start) for start in starts[i : i + self.config.batch_size]])
 
 
 class InstructionData:
@@ -303,10 +289,14 @@ def read_records(path):
     """A JSON list of {"instruction": ..., "input": ..., "output": ...}, without empty outputs."""
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [{"instruction": str(r["instruction"]), "input": str(r.get("input") or ""),
-                 "output": str(r["output"])} for r in records if r["output"] not in ("", None)]
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: each record needs an instruction and an output") from None
+        for record in records:
+            record.setdefault("input", "")
+            for name in ("instruction", "input", "output"):
+                if not isinstance(record[name], str):  # a number, say, or null
+                    record[name] = "" if record[name] is None else json.dumps(record[name])
+        return [record for record in records if record["output"] != ""]
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+        raise ValueError(f"{path}: no list of records with instruction and output") from None
 
 
 def load_instructions(config, tokenizer):
@@ -497,7 +487,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, caches=None):
         """Tokens idx (B, T) to logits (B, T, vocab_size); with targets (B, T), also the loss. With
-        caches, one per block, idx continues the tokens in them (by one, if there are any)."""
+        caches, one per block, idx continues what they hold, and only its last token gets logits."""
         B, T = idx.shape
         start = caches[0].length if caches else 0
         if start + T > self.context_size:
@@ -511,6 +501,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
             x = block(x, caches[i] if caches else None)
+        x = x[:, -1:] if caches else x  # generation needs no more than the last token's scores
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
         if targets is None:
             return logits, None
@@ -548,23 +539,23 @@ def generate(model, idx, max_new_tokens, choose=sample):
 # `torchrun --nproc_per_node=8 bpe_gpt.py` starts 8 processes, one per GPU, with the same model.
 # Each computes the gradient for its share of a step's sequences; the sum over all processes is the
 # gradient of the step. (Only dropout differs from a single process.) The first prints and saves.
-RANK = int(os.environ.get("RANK", 0))
-N_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK") or 0)
+N_PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
 
 
 @torch.no_grad()
 def evaluate(model, data):
-    """Mean loss over all targets in data that count."""
+    """Mean loss over all targets in data that count; each process takes a share of the batches."""
     model.eval()
     device = model.lm_head.weight.device
-    total = 0.0
-    count = 0
-    for x, y in data.evaluation_batches():
+    sums = torch.zeros(2, device=device)  # of the losses; of the targets
+    for x, y in itertools.islice(data.evaluation_batches(), RANK, None, N_PROCESSES):
         _, loss = model(x.to(device), y.to(device))
         n = (y != -100).sum().item()
-        total += n * loss.item()
-        count += n
-    return total / count
+        sums += torch.tensor([n * loss.item(), n], device=device)
+    if N_PROCESSES > 1:
+        dist.all_reduce(sums)
+    return (sums[0] / sums[1]).item()
 
 
 def make_optimizers(model, config):
@@ -674,7 +665,7 @@ def save(checkpoint, started, model, optimizers, path):
     if not math.isfinite(val_loss):
         raise ValueError(f"validation loss {val_loss} after step {step}: try lower learning rates")
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
-        checkpoint["model"] = copy.deepcopy(model.state_dict())
+        checkpoint["model"] = copy.deepcopy(model).cpu().state_dict()
     checkpoint["last"] = dict(
         step=step, n_read=n_read, seconds=time.perf_counter() - started, model=model.state_dict(),
         optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers])
@@ -692,11 +683,14 @@ def restore(last, model, optimizers):
     return last["step"], last["n_read"], time.perf_counter() - last["seconds"]
 
 
-def bytes_per_token(data, tokenizer):
-    batches = itertools.islice(data.evaluation_batches(), 1000)  # enough, if there are more
-    targets = torch.cat([y[y != -100] for _, y in batches])
-    text = targets[targets != tokenizer.eot_token]  # which is a token, but stands for no bytes
-    return len(tokenizer.decode_bytes(text.tolist())) / len(targets)
+def bytes_per_token(data, vocab):
+    lengths = torch.tensor([len(token) for token in vocab])
+    lengths[vocab.index(END_OF_TEXT.encode())] = 0  # it is a token, but stands for no bytes
+    sums = torch.zeros(2, dtype=torch.float64)  # of the bytes; of the tokens
+    for _, y in data.evaluation_batches():
+        targets = y[y != -100]
+        sums += torch.tensor([lengths[targets].sum(), len(targets)])
+    return (sums[0] / sums[1]).item()
 
 
 def describe(loss, bytes_per_token):
@@ -726,13 +720,11 @@ def report(checkpoint, model, tokenizer, val_data, config):
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 HUB = "https://huggingface.co/openai-community"
-PUBLISHED = {  # revision, and SHA-256 of model.safetensors where it is known
-    "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e",
-             "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
+PUBLISHED = {  # revision; where it is known, the first half of model.safetensors's SHA-256
+    "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e", "248dfc3911869ec493c76e65bf2fcf7f"),
     "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da", None),
     "gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519", None),
-    "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2",
-                "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
+    "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2", "0f8b28eb05a8075f48b61b6f35332978"),
 }
 
 
@@ -879,6 +871,10 @@ def parse_flags(Config):
         kind = switch if field.type is bool else {"type": field.type}
         parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
     flags = vars(parser.parse_args())
+    for name, value in flags.items():
+        least = 1 if name.endswith(("_size", "_interval", "max_iters")) else 0
+        if not isinstance(value, str) and not value >= least:  # this refuses nan, too
+            raise ValueError(f"--{name} {value}: it must be at least {least}")
     if "out" in flags and not flags["out"].endswith(".pt"):
         raise ValueError(f"--out {flags['out']}: the name of a checkpoint must end in .pt")
     return flags
@@ -886,6 +882,8 @@ def parse_flags(Config):
 
 def pick_device(name):
     best = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, or None
+    if name != "auto" and name.split(":")[0] not in ("cpu", best and best.type):
+        raise ValueError(f"--device {name}: PyTorch has no such device here")
     return torch.device(name if name != "auto" else best or "cpu")
 
 
@@ -917,7 +915,8 @@ def join_processes(device):
 def new_or_trained(flags, device):
     """What a run starts from: configuration, checkpoint, model, tokenizer; None for what is new."""
     config = GPTConfig(**flags)
-    small = device.type == "cpu" and not config.full
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
+    small = device.type != "cuda" and not config.full
     settings = CPU_SETTINGS if small else {}
     if os.path.isdir(config.data):
         settings = settings | {"vocab_size": GPTConfig.vocab_size}  # the folder has GPT-2's tokens
@@ -938,15 +937,15 @@ def new_or_trained(flags, device):
         model, tokenizer = load_pretrained(name, settings, flags)
         return model.config, checkpoint, model, find_tokenizer(model, tokenizer)
     if small:
-        print("training a small model, since there is no GPU; --full trains GPT-2 124M")
+        print("training a small model, since there is no CUDA GPU; --full trains GPT-2 124M")
     config = GPTConfig(**settings | flags)
     tokenizer = gpt2_tokenizer() if config.vocab_size == GPTConfig.vocab_size else None
     return config, checkpoint, None, tokenizer
 
 
 def main():
-    # Print any character on any terminal, and each line at once, even into a file.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # print any character, and each line at once
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
     device = pick_device(flags.get("device", "auto"))
     join_processes(device)
@@ -954,6 +953,7 @@ def main():
     load_data = load_instructions if config.instructions else load_tokens
     train_data, val_data, tokenizer = load_data(config, tokenizer)
     config.vocab_size = V = tokenizer.n_vocab
+    vocab = [tokenizer.decode_single_token_bytes(i) for i in range(V)]
     if model is None:
         torch.manual_seed(config.seed)  # of the initial weights
         model = GPT(config)
@@ -964,7 +964,7 @@ def main():
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     print(f"on {device} in {dtype}: {sum(p.numel() for p in model.parameters()):,} parameters")
     if checkpoint is None:
-        n_bytes = bytes_per_token(val_data, tokenizer)
+        n_bytes = bytes_per_token(val_data, vocab)
         with autocast:
             loss = describe(evaluate(model, val_data), n_bytes)
         print(f"val loss {loss}; a uniform guess: ln({V}) = {math.log(V):.4f}")
@@ -977,14 +977,13 @@ def main():
     must_match["use of Muon"] = config.muon_learning_rate > 0
     if checkpoint is None:
         checkpoint = dict(written_by="bpe_gpt", history=[], last=dict(step=0, n_read=0, seconds=0),
-                          vocab=[tokenizer.decode_single_token_bytes(i) for i in range(V)],
-                          bytes_per_token=[bytes_per_token(train_data, tokenizer), n_bytes],
-                          must_match=must_match, text_before=model.text_before)
+                          vocab=vocab, text_before=model.text_before,
+                          bytes_per_token=[bytes_per_token(train_data, vocab), n_bytes],
+                          must_match=must_match)
     changed = [name for name in must_match if must_match[name] != checkpoint["must_match"][name]]
     if changed:
         raise ValueError(f"--resume: {config.out} began with another {' and '.join(changed)}")
     print(f"from step {checkpoint['last']['step']}: {n_rows} x {config.block_size} tokens per step")
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
     checkpoint["config"] = vars(config)
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)
     step, _, _, best = min(checkpoint["history"], key=lambda entry: entry[3])

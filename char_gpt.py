@@ -57,7 +57,7 @@ class GPTConfig:
     full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # of matrix products: float32 or bfloat16
-    compile: bool = True  # use torch.compile on a CUDA GPU
+    compile: bool = sys.platform == "linux"  # use torch.compile on a CUDA GPU
     resume: bool = False  # continue from the checkpoint, if there is one
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/char_gpt.pt"  # checkpoint, for sample.py and --resume
@@ -100,10 +100,9 @@ def get_batch(data, config, step):
     row of x is a stretch of T = block_size tokens, and the row of y is the same stretch one token
     later: y[b, t] is the token that follows x[b, t]. So every row holds T exercises in prediction.
 
-    The data is visited in epochs. Each epoch cuts it into stretches, shuffles them, and uses each
-    once, B at a time. (The last few, if they do not fill a batch, are left out.) The first stretch
-    begins at a random offset, so that every epoch cuts the data in other places. All of this
-    depends only on the seed and the step, so that a run can be repeated or resumed."""
+    Each epoch cuts the data into stretches, shuffles them and uses each once, B at a time. (A rest
+    that does not fill a batch is left out.) It begins at a random offset, to cut in other places
+    than the last. All of this depends only on seed and step, so that a run can be repeated."""
     B = config.batch_size
     T = config.block_size
     n_stretches = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
@@ -206,8 +205,7 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
         k = k.view(B, T, self.n_head, head_size).transpose(1, 2)
         v = v.view(B, T, self.n_head, head_size).transpose(1, 2)
-        # PyTorch's built-in attention (is_causal: with the causal mask) is faster, except in
-        # bfloat16 on a CPU.
+        # PyTorch's attention (is_causal: with the causal mask) is faster; not in bfloat16 on a CPU.
         if self.by_hand or (q.dtype == torch.bfloat16 and q.device.type == "cpu"):
             y = attention(q, k, v)
         else:
@@ -302,16 +300,14 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 # What it costs. Parameters: a block has 12 C^2, 3 C^2 of them for queries, keys and values, C^2 for
-# c_proj and 8 C^2 for the MLP. At C = 384, six blocks have 10.62 million of the 10.77 million. Most
-# of the rest are embeddings.
+# c_proj and 8 C^2 for the MLP. At C = 384, six blocks have 10.62 of the 10.77 million.
 # Operations: to predict, the vector of each token is multiplied by every matrix: a multiplication
 # and an addition, 2 operations, per parameter. Training takes 6, since loss.backward() finds two
 # gradients for each of these products, that of the vector and that of the matrix. Attention also
 # compares every token with up to T others and takes a mean of as many values, in about 4 T C
 # operations per token and block: at T = 256, a tenth of the rest.
 # Memory: 4 bytes for each parameter, its gradient and one or two means of its gradients (see
-# make_optimizers), and for the activations: all numbers between input and loss. n_layer and n_embd
-# change all of this, block_size mostly attention and the activations, batch_size the activations.
+# make_optimizers), and for the activations: all numbers between input and loss.
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -452,7 +448,7 @@ def save(checkpoint, started, model, optimizers, path):
     if not math.isfinite(val_loss):
         raise ValueError(f"validation loss {val_loss} after step {step}: try lower learning rates")
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
-        checkpoint["model"] = copy.deepcopy(model.state_dict())
+        checkpoint["model"] = copy.deepcopy(model).cpu().state_dict()
     checkpoint["last"] = dict(
         step=step, n_read=n_read, seconds=time.perf_counter() - started, model=model.state_dict(),
         optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers])
@@ -549,6 +545,10 @@ def parse_flags(Config):
         kind = switch if field.type is bool else {"type": field.type}
         parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
     flags = vars(parser.parse_args())
+    for name, value in flags.items():
+        least = 1 if name.endswith(("_size", "_interval", "max_iters")) else 0
+        if not isinstance(value, str) and not value >= least:  # this refuses nan, too
+            raise ValueError(f"--{name} {value}: it must be at least {least}")
     if "out" in flags and not flags["out"].endswith(".pt"):
         raise ValueError(f"--out {flags['out']}: the name of a checkpoint must end in .pt")
     return flags
@@ -556,6 +556,8 @@ def parse_flags(Config):
 
 def pick_device(name):
     best = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, or None
+    if name != "auto" and name.split(":")[0] not in ("cpu", best and best.type):
+        raise ValueError(f"--device {name}: PyTorch has no such device here")
     return torch.device(name if name != "auto" else best or "cpu")
 
 
@@ -573,8 +575,8 @@ def pick_dtype(name, device):
 
 
 def main():
-    # Print any character on any terminal, and each line at once, even into a file.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # print any character, and each line at once
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
     config = GPTConfig(**flags)
     checkpoint = None

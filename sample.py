@@ -419,8 +419,8 @@ def typed_lines():
 
 
 def main():
-    # Print any character on any terminal, and each line at once, even into a file.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # print any character, and each line at once
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(SampleConfig)
     names = flags.pop("models") or sorted(glob.glob("out/*.pt"), key=os.path.getmtime)[-1:]
     if not names:

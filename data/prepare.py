@@ -13,6 +13,8 @@ the last of them (a tenth, or what --val_share says) in val.bin, all others in t
 # ///
 
 import argparse
+import glob
+import itertools
 import os
 import re
 import shutil
@@ -48,28 +50,38 @@ def write_tokens(paths, tokenizer, out):
     for path in paths:
         with open(path, encoding="utf-8") as file:  # Windows' line ends, \r\n, are read as \n
             try:
-                for text in pieces(file):
-                    tokens = tokenizer.encode(text, allowed_special="all")
-                    out.write(np.array(tokens, dtype="<u2").tobytes())
+                texts = pieces(file)
+                while batch := list(itertools.islice(texts, 16)):  # to use several cores
+                    for tokens in tokenizer.encode_batch(batch, allowed_special="all"):
+                        out.write(np.array(tokens, dtype="<u2").tobytes())
                     if sys.stderr.isatty():
                         print(f"{path}: {out.tell() // 2:,} tokens", end=" \r", file=sys.stderr)
             except UnicodeDecodeError:
                 raise ValueError(f"{path} is not text in UTF-8") from None
+            except ValueError as error:  # tiktoken refuses a million spaces in a row, for example
+                raise ValueError(f"{path}: {error}") from None
         out.write(np.array([tokenizer.eot_token], dtype="<u2").tobytes())
     return out.tell() // 2
 
 
 def main():
-    sys.stdout.reconfigure(errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, help="texts in UTF-8")
+    parser.add_argument("files", nargs="+", help="texts in UTF-8")
     parser.add_argument("--out", required=True, type=Path, help="folder for the tokens")
     parser.add_argument("--val_share", default=0.1, type=float, help="default: 0.1")
     args = parser.parse_args()
     if not 0 < args.val_share < 1:
         raise ValueError(f"--val_share is {args.val_share}, but must be between 0 and 1")
-    for path in args.files:
+    files = []
+    for name in args.files:
+        # On Windows, *.txt arrives as it was typed.
+        files += sorted(glob.glob(name)) if "*" in name else [name]
+    if not files:
+        raise ValueError(f"no files match {' '.join(args.files)}")
+    for path in files:
         open(path).close()  # a file that is missing is missed now, not after hours of work
     tokenizer = load_tokenizer()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -77,7 +89,7 @@ def main():
     temporary = [Path(f"{path}.{os.getpid()}.tmp") for path in paths]  # names of this run's own
     try:
         with open(temporary[0], "w+b") as train, open(temporary[1], "wb") as val:
-            n = write_tokens(args.files, tokenizer, train)
+            n = write_tokens(files, tokenizer, train)
             if n < 4:  # two on either side: one to see, one to predict
                 raise ValueError(f"{n} tokens are too few: train.bin and val.bin need 2 each")
             # Only now it is known how many tokens a share of them is.

@@ -243,7 +243,19 @@ def test_the_cache_changes_no_score(n):
         parts = [model(idx[:, :n], caches=caches)[0]]
         for t in range(n, 40):
             parts.append(model(idx[:, t : t + 1], caches=caches)[0])
-    assert (torch.cat(parts, dim=1) - expected).abs().max() < 1e-5
+    # With caches, the scores are those of the last token alone: generation needs no others.
+    assert [len(part[0]) for part in parts] == [1] * (41 - n)
+    assert (torch.cat(parts, dim=1) - expected[:, n - 1 :]).abs().max() < 1e-5
+
+
+def test_very_long_words_are_learned_in_parts():
+    """Or a text without spaces would take hours: every merge would go through all of it."""
+    word = "".join(np.random.default_rng(0).choice(list("ACGT"), size=20_000))
+    tokenizer = train_bpe(word, 300)
+    longest = max(len(tokenizer.decode_single_token_bytes(i)) for i in range(256, 299))
+    assert 2 <= longest <= 100
+    assert tokenizer.decode(tokenizer.encode_ordinary(word)) == word
+    assert len(tokenizer.encode_ordinary(word)) < 10_000
 
 
 def test_several_tokens_at_once_are_refused_when_the_cache_is_in_use():
@@ -446,22 +458,50 @@ def data_of(tokens, **settings):
 
 
 @pytest.mark.parametrize("length", [2, 10, 16, 17, 18, 50, 51])
-@pytest.mark.parametrize("stride", [0, 1, 5, 16, 99])
-def test_evaluation_counts_every_token_once(length, stride):
-    """Token i is predicted in the first window that reaches it, with all of that window before it."""
+def test_evaluation_counts_every_token_once(length):
+    """Token i is predicted from the tokens before it in its stretch, which begins at 0, 16, 32..."""
     model = build(block_size=16)
     tokens = np.random.default_rng(0).integers(300, size=length)
-    starts = range(0, length, min(stride or 16, 16))
     losses = []
     for i in range(1, length):
-        start = next(s for s in starts if i <= s + 16)
+        start = (i - 1) // 16 * 16
         with torch.no_grad():
             logits, _ = model(torch.from_numpy(tokens[None, start:i]))
         losses.append(-logits[0, -1].log_softmax(-1)[tokens[i]].item())
-    data = data_of(tokens, block_size=16, batch_size=3, stride=stride)
+    data = data_of(tokens, block_size=16, batch_size=3)
     counted = sum((y != -100).sum().item() for _, y in data.evaluation_batches())
     assert counted == length - 1
     assert evaluate(model, data) == pytest.approx(np.mean(losses), abs=1e-4)
+
+
+def test_in_training_at_most_a_million_tokens_are_evaluated_evenly_spread():
+    tokens = np.arange(2_500_000, dtype=np.int32) % 300
+    data = data_of(tokens, block_size=1000, batch_size=100)
+    starts = []
+    data.row = lambda start: starts.append(start) or (torch.zeros(1), torch.zeros(1))
+    list(data.evaluation_batches())
+    assert starts == list(range(0, 2_499_999, 3000))
+    starts.clear()
+    data.config.eval_only = True
+    list(data.evaluation_batches())
+    assert starts == list(range(0, 2_499_999, 1000)), "--eval_only reads all"
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_processes_share_an_evaluation(monkeypatch, n):
+    """What each has summed up gives, added together, the loss that one process finds."""
+    model = build(block_size=16)
+    data = data_of(np.random.default_rng(0).integers(300, size=100), block_size=16, batch_size=2)
+    expected = evaluate(model, data)
+    sums = []
+    monkeypatch.setattr(bpe_gpt, "N_PROCESSES", n)
+    for rank in range(n):
+        monkeypatch.setattr(bpe_gpt, "RANK", rank)
+        monkeypatch.setattr(bpe_gpt.dist, "all_reduce", lambda tensor: sums.append(tensor.clone()))
+        evaluate(model, data)
+    total, count = sum(sums).tolist()
+    assert len(sums) == n and count == 99
+    assert total / count == pytest.approx(expected, abs=1e-5)
 
 
 def test_evaluation_is_without_dropout_whatever_the_model_did_before():
@@ -471,19 +511,12 @@ def test_evaluation_is_without_dropout_whatever_the_model_did_before():
     assert evaluate(model.train(), data) == expected
 
 
-def test_the_example_of_a_stride_is_right():
-    """In the docstring of evaluation_batches(): a b c d, then c d e f of which f and g are new."""
-    batches = data_of(range(8), block_size=4, stride=2, batch_size=99).evaluation_batches()
-    x, y = next(batches)
-    assert x[:2].tolist() == [[0, 1, 2, 3], [2, 3, 4, 5]]
-    assert y[:2].tolist() == [[1, 2, 3, 4], [-100, -100, 5, 6]]
-
-
 def test_bits_per_byte_compares_vocabularies():
     """Two bytes a character, a bit a token. The end of text is a token without bytes."""
     tokenizer = train_bpe("", 257)  # tokens are bytes
     data = data_of(encode(tokenizer, "x\u00e9\u00e0\u00e9<|endoftext|>"), vocab_size=257)
-    n_bytes = bpe_gpt.bytes_per_token(data, tokenizer)
+    vocab = [tokenizer.decode_single_token_bytes(i) for i in range(257)]
+    n_bytes = bpe_gpt.bytes_per_token(data, vocab)
     assert n_bytes == 6 / 7
     assert f"{7 / 6:.3f} bits/byte" in bpe_gpt.describe(math.log(2), n_bytes)
     assert "perplexity 2.00" in bpe_gpt.describe(math.log(2), n_bytes)
@@ -605,13 +638,17 @@ def test_evaluation_alone_is_over_the_whole_text(command, untrained, tmp_path, c
     text = "To be, or not to be? " * 20
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     model, tokenizer = load_pretrained(untrained, {}, {})
-    for stride in (0, 7):
-        flags = ("--data", tmp_path / "text.txt", "--init", untrained, "--dtype", "float32")
-        assert command("none.pt", "--eval_only", "--stride", stride, *flags) is None
-        loss = re.search(r"val loss (\S+) \(perplexity", capsys.readouterr().out)[1]
-        model.config.stride = stride
-        expected = evaluate(model, TextData(encode(tokenizer, text), model.config))
-        assert float(loss) == pytest.approx(expected, abs=1e-3)
+    flags = ("--data", tmp_path / "text.txt", "--init", untrained, "--dtype", "float32")
+    assert command("none.pt", "--eval_only", *flags) is None
+    pattern = r"val loss (\S+) \(perplexity (\S+), (\S+) bits/byte\)"
+    loss, perplexity, bits = map(float, re.search(pattern, capsys.readouterr().out).groups())
+    data = TextData(encode(tokenizer, text), model.config)
+    expected = evaluate(model, data)
+    assert loss == pytest.approx(expected, abs=1e-3)
+    assert perplexity == pytest.approx(math.exp(expected), rel=1e-3)
+    n_bytes = len(text.encode()) - len(tokenizer.decode_single_token_bytes(data.tokens[0]))
+    n_targets = len(data.tokens) - 1
+    assert bits == pytest.approx(expected * n_targets / math.log(2) / n_bytes, abs=2e-3)
 
 
 def test_a_folder_of_tokens_is_trained_on_without_being_read_whole(command, tmp_path, monkeypatch):
@@ -643,6 +680,7 @@ def test_more_processes_than_rows_are_refused(command, monkeypatch, tmp_path, fl
     (tmp_path / "short.txt").write_text("To be, or not. " * 2, encoding="utf-8")
     monkeypatch.setattr(bpe_gpt, "N_PROCESSES", 2)
     monkeypatch.setattr(bpe_gpt, "join_processes", lambda device: None)
+    monkeypatch.setattr(bpe_gpt.dist, "all_reduce", lambda tensor: None)
     data = ["--data", tmp_path / "short.txt"] if "64" in flags else []
     with pytest.raises(ValueError, match="--total_batch_size must be at least 32"):
         command("x.pt", *SIZE.split(), *flags.split(), *data)

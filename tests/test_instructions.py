@@ -192,16 +192,17 @@ def test_records_without_an_output_are_skipped(tmp_path):
     assert read_records(tmp_path / "x.json") == RECORDS
 
 
-def test_an_input_may_be_null_and_an_answer_a_number(tmp_path):
-    """Also the answer 0."""
-    records = [{"instruction": "Subtract.", "input": None, "output": n} for n in (3, 0, -1.5)]
+def test_an_input_may_be_null_and_an_answer_no_text(tmp_path):
+    """It is written as in JSON; the answers 0 and false are answers."""
+    outputs = [3, 0, -1.5, True, False, ["a", 1], None]
+    records = [{"instruction": "x", "input": None, "output": output} for output in outputs]
     (tmp_path / "x.json").write_text(json.dumps(records))
-    expected = [{"instruction": "Subtract.", "input": "", "output": text}
-                for text in ("3", "0", "-1.5")]
+    expected = [{"instruction": "x", "input": "", "output": text}
+                for text in ("3", "0", "-1.5", "true", "false", '["a", 1]')]
     assert read_records(tmp_path / "x.json") == expected
 
 
-NEEDED = "x.json: each record needs an instruction and an output"
+NEEDED = "x.json: no list of records with instruction and output"
 
 
 @pytest.mark.parametrize("content, clue", [
@@ -215,8 +216,8 @@ NEEDED = "x.json: each record needs an instruction and an output"
     (json.dumps([*RECORDS, [1, 2]]), NEEDED),
     (json.dumps({"data": RECORDS}), NEEDED),
     ("null", NEEDED),
-    ("[1, 2", ""),
-    ("", ""),
+    ("[1, 2", NEEDED),
+    ("", NEEDED),
     (None, "x.json"),
 ])
 def test_a_file_of_no_use_is_refused_in_one_line(tmp_path, content, clue):
@@ -224,7 +225,7 @@ def test_a_file_of_no_use_is_refused_in_one_line(tmp_path, content, clue):
         (tmp_path / "x.json").write_text(content)
     flags = "--instructions", "x.json", "--vocab_size", "300"
     assert clue in one_line_error(SCRIPT, *flags, cwd=tmp_path)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))
 
 
 LONG = [{"instruction": "Say more. " * 100, "input": "", "output": "more"},

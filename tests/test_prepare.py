@@ -35,11 +35,11 @@ def make(learned, tmp_path, monkeypatch):
     monkeypatch.setattr("tiktoken.get_encoding", lambda name: learned)
     monkeypatch.chdir(tmp_path)
 
-    def make(*texts, share="0.1"):
+    def make(*texts, share="0.1", files=()):
         names = [f"{i}.txt" for i in range(len(texts))]
         for name, text in zip(names, texts):
             (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        flags = [*names, "--out", "corpus", "--val_share", share]
+        flags = [*names, *map(str, files), "--out", "corpus", "--val_share", share]
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
         runpy.run_path(str(SCRIPT), run_name="__main__")
         assert sorted(path.name for path in tmp_path.glob("corpus/*")) == ["train.bin", "val.bin"]
@@ -140,6 +140,7 @@ def test_a_tiny_text_gives_two_tokens_to_each_part(make, learned):
     [
         ("ab", "3 tokens are too few"),
         ("", "1 tokens are too few"),
+        (" " * 3_000_000, "0.txt: .*"),  # more in a row than tiktoken can split
         (b"caf\xe9 " * 1_000_000, "0.txt is not text in UTF-8"),
         (b"good " * 1_000_000 + b"\xff", "0.txt is not text in UTF-8"),
     ],
@@ -158,6 +159,7 @@ def test_what_was_there_stays_whole_when_a_text_is_no_good(make, tmp_path, text,
     [
         ("no.txt --out x", "no.txt"),
         ("some.txt no.txt --out x", "no.txt"),
+        ("no*.txt --out x", "no files match no*.txt"),
         (". --out x", "'.'"),
         ("some.txt --out x --val_share 1", "--val_share is 1"),
         ("some.txt --out x --val_share 0", "--val_share is 0"),
@@ -177,6 +179,14 @@ def test_without_a_network_one_line_says_so(tmp_path):
     _, error = run(SCRIPT, "some.txt", "--out", "x", cwd=tmp_path, status=1, env=env, fresh=True)
     assert re.fullmatch(r"error: cannot fetch GPT-2's vocabulary \(\w+\)\n", error)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_pattern_that_the_shell_did_not_expand_is_expanded(make, learned, tmp_path):
+    """As on Windows."""
+    for name, text in (("b.txt", "second text"), ("a.txt", "first text"), ("c.md", "no text")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    train, val = make(share="0.1", files=[tmp_path / "*.txt"])
+    assert train + val == encode(learned, "first text", "second text")
 
 
 @needs_gpt2_tokenizer

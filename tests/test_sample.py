@@ -396,7 +396,7 @@ def test_scores_in_bfloat16_are_nearly_the_same(script):
     if script is bpe_gpt:
         caches = [bpe_gpt.Cache(8) for _ in model.transformer.h]
         parts = [model(part, caches=caches)[0] for part in idx.split((2, 1, 1, 1), dim=1)]
-        assert (torch.cat(parts, dim=1) - expected).abs().max() < limit
+        assert (torch.cat(parts, dim=1) - expected[:, 1:]).abs().max() < limit
 
 
 @pytest.mark.parametrize("beam", [0, 4])

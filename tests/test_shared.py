@@ -362,6 +362,15 @@ MISTAKES = {
                                 "float32, bfloat16 or auto"),
     "nothing to evaluate": ("bpe_gpt.py --eval_only --data text.txt", "--eval_only needs --init"),
     "a folder without tokens": ("bpe_gpt.py --init x.pt --data .", "x.pt"),
+    "no step": ("bigram.py --max_iters 0", "--max_iters 0: it must be at least 1"),
+    "no evaluation": ("char_gpt.py --eval_interval 0", "--eval_interval 0"),
+    "no context": ("bpe_gpt.py --block_size 0", "--block_size 0"),
+    "a negative number": ("bpe_gpt.py --warmup_iters -1", "--warmup_iters -1"),
+    "not a number": ("char_gpt.py --learning_rate nan", "--learning_rate nan"),
+    "a GPU that is not there": ("char_gpt.py --device cuda", "no such device"),
+    "a device that is none": ("bpe_gpt.py --device gpu --data text.txt", "no such device"),
+    "a place to save that cannot be": (
+        "bpe_gpt.py --init gpt2 --out text.txt/x/y.pt", "text.txt"),  # before any download
     "a learning rate far too high": (
         "char_gpt.py --data text.txt --n_layer 1 --max_iters 50 --warmup_iters 0 --out x.pt "
         "--learning_rate 1e20 --muon_learning_rate 1e20", "learning rates"),

@@ -519,6 +519,19 @@ def test_300_steps_reach_the_loss_that_they_are_known_to_reach(script, train):
     assert checkpoint["history"][0][3] == pytest.approx(known[script], abs=0.03)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no SIGINT to send")
+def test_ctrl_c_ends_the_bigram_model_with_one_line_too(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, f"{ROOT}/bigram.py", "--data", PLAY, "--max_iters", "1000000"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert (process.returncode, error) == (1, "stopped; nothing has been saved\n")
+
+
 @for_each_gpt
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no SIGINT to send")
 def test_ctrl_c_ends_a_run_with_one_line(script, tmp_path):
