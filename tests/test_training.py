@@ -601,3 +601,36 @@ def test_a_run_whose_loss_is_no_number_keeps_the_older_checkpoint(
     with pytest.raises(ValueError, match="validation loss nan after step 4: try lower learning"):
         train(script, "x.pt", FLAGS[script])
     assert (tmp_path / "x.pt").read_bytes() == before
+
+@for_each_script
+def test_the_figures_that_are_printed_are_the_losses(script, tmp_path):
+    """On a text with characters of two and three bytes: bits per byte are the loss, in bits, of all
+    validation tokens, divided by the bytes that they stand for."""
+    text = "Ünïcode → bytes, größer als Zeichen.\n" * 400
+    (tmp_path / "x.txt").write_text(text, encoding="utf-8")
+    flags = "--data x.txt --block_size 32 --max_iters 20 --eval_interval 10 --out x.pt".split()
+    if script is not bigram:
+        flags += "--n_layer 1 --n_head 1 --n_embd 32 --dtype float32 --batch_size 4".split()
+    if script is bpe_gpt:
+        flags += "--vocab_size 300 --total_batch_size 128".split()
+    output, _ = run(f"{ROOT}/{script.__name__}.py", *flags, cwd=tmp_path)
+    history = torch.load(tmp_path / "x.pt")["history"]
+    pattern = r"step (\d+): loss (\S+) train, (\S+) (?:val; (\S+)|\(perplexity (\S+), (\S+)) bits"
+    lines = re.findall(pattern, output)
+    assert [int(line[0]) for line in lines] == [10, 20]
+    for line, (step, _, train_loss, val_loss) in zip(lines, history):
+        assert float(line[1]) == pytest.approx(train_loss, abs=1e-4)
+        assert float(line[2]) == pytest.approx(val_loss, abs=1e-4)
+        val_text = text[int(0.9 * len(text)) :]
+        n_tokens = len(val_text)
+        if script is bpe_gpt:
+            assert float(line[4]) == pytest.approx(math.exp(val_loss), rel=1e-3)
+            tokenizer = bpe_gpt.load_pretrained(tmp_path / "x.pt", {}, {})[1]
+            tokens = tokenizer.encode(val_text)
+            first = tokenizer.decode_single_token_bytes(tokens[0])  # it is not predicted
+            n_tokens = len(tokens) - 1
+            n_bytes = len(val_text.encode()) - len(first)
+        else:
+            n_bytes = len(val_text.encode())
+        bits = float(line[3] or line[5])
+        assert bits == pytest.approx(val_loss / math.log(2) * n_tokens / n_bytes, abs=2e-3)
