@@ -3,6 +3,7 @@
     python tests/bench.py                  # a table; most parts take minutes
     python tests/bench.py --json speed.json
     python tests/bench.py --only decode    # or limits, small, full, bpe, load, finetune: one part
+    python tests/bench.py --only gpu       # what is worth knowing of a GPU, in a few minutes
     python tests/bench.py --long           # trains the full character model too, to its end
 
 Baselines: the plain recipe, which is the same model trained with AdamW in float32 by nanoGPT's
@@ -275,22 +276,31 @@ def likeliest(logits):
     return logits.argmax(dim=-1, keepdim=True)
 
 
-def generation(model, n_rows, n_tokens):
-    """The seconds that generate() takes for tokens after a prompt of 16, the prompt included."""
-    prompt = torch.arange(16, device=DEVICE).repeat(n_rows, 1)
+def generation(model, n_rows, n_tokens, n_prompt=16):
+    """The seconds that generate() takes for tokens after a prompt, the prompt included."""
+    prompt = torch.arange(n_prompt, device=DEVICE).repeat(n_rows, 1)
     start = now()
     for _ in bpe_gpt.generate(model, prompt, n_tokens, likeliest):
         pass
     return now() - start
 
 
-def their_generation(model, n_rows, n_tokens):
+def their_generation(model, n_rows, n_tokens, n_prompt=16):
     """The same by Hugging Face's generate()."""
-    prompt = torch.arange(16, device=DEVICE).repeat(n_rows, 1)
+    prompt = torch.arange(n_prompt, device=DEVICE).repeat(n_rows, 1)
     settings = dict(max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False)
     start = now()
     model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **settings)
     return now() - start
+
+
+def turns(runs, dtype, *sizes):
+    """The median seconds of each of runs. They take turns, on a machine whose speed changes."""
+    seconds = {who: [] for who in runs}
+    for _ in range(6):  # the first warms up
+        for who, (model, generate) in runs.items():
+            seconds[who].append(generate(model.to(dtype), *sizes))
+    return {who: statistics.median(times[1:]) for who, times in seconds.items()}
 
 
 def decode(folder):
@@ -312,16 +322,20 @@ def decode(folder):
     bandwidth = memory_rate()
     row("reading memory", bandwidth / 1e9, "GB/s")
     best = {name: 0.0 for name in runs}
+    for dtype in dict.fromkeys((torch.float32, FAST)):
+        seconds = turns(runs, dtype, 1, 1, 1000)
+        speed = {who: 1000 / seconds[who] for who in runs}
+        row(f"124M, reading a prompt of 1,000, {str(dtype)[6:]}", speed["ours"], "tokens/s")
+        if "theirs" in runs:
+            ratio = speed["ours"] / speed["theirs"]
+            row("  by transformers", speed["theirs"], "tokens/s", "(ours to theirs)", ratio)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype)[6:]
         for n_rows, n_tokens in (1, 60), (8, 30):
             if n_rows > 1 and dtype == torch.float16 and DEVICE.type == "cpu":
                 continue  # minutes, at a tenth of the speed of the others
-            seconds = {who: [] for who in runs}
-            for _ in range(6):  # taking turns, on a machine whose speed changes; the first warms up
-                for who, (model, generate) in runs.items():
-                    seconds[who].append(generate(model.to(dtype), n_rows, n_tokens))
-            speed = {w: n_rows * n_tokens / statistics.median(t[1:]) for w, t in seconds.items()}
+            seconds = turns(runs, dtype, n_rows, n_tokens)
+            speed = {who: n_rows * n_tokens / seconds[who] for who in runs}
             if n_rows == 1:
                 best = {who: max(best[who], speed[who]) for who in runs}
                 n_bytes = sum(p.numel() * p.element_size() for p in runs["ours"][0].parameters())
@@ -337,6 +351,34 @@ def decode(folder):
         row("124M, in the best type of each", best["ours"], "tokens/s", "(ours to theirs)", ratio)
 
 
+def first_token(folder):
+    """The seconds from a command to the first token: starting Python, imports and all."""
+    ours = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import torch, bpe_gpt\n"
+        "model, _ = bpe_gpt.load_pretrained(sys.argv[2], {}, {})\n"
+        "next(bpe_gpt.generate(model, torch.zeros(1, 5, dtype=torch.long), 1))\n"
+    )
+    theirs = (
+        "import sys, torch\n"
+        "from transformers import GPT2LMHeadModel\n"
+        "model = GPT2LMHeadModel.from_pretrained(sys.argv[2])\n"
+        "model.generate(torch.zeros(1, 5, dtype=torch.long), max_new_tokens=1)\n"
+    )
+    times = {ours: [], theirs: []}
+    for _ in range(4):  # the first warms up
+        for code in times:
+            start = now()
+            command = [sys.executable, "-c", code, str(ROOT), str(folder)]
+            done = subprocess.run(command, capture_output=True)
+            if done.returncode == 0:
+                times[code].append(now() - start)
+    seconds = statistics.median(times[ours][1:])
+    row("124M, from the command to the first token, float32", seconds, "s")
+    if times[theirs]:
+        slow = statistics.median(times[theirs][1:])
+        row("  by transformers", slow, "s", "(theirs to ours)", slow / seconds)
+
+
 def load(folder):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); import torch, bpe_gpt\n"
@@ -348,6 +390,7 @@ def load(folder):
     runs = [subprocess.run(command, stdout=subprocess.PIPE, check=True) for _ in range(3)]
     times = [float(done.stdout) for done in runs]
     row("124M, from its file to the first token, float32", statistics.median(times), "s")
+    first_token(folder)
 
 
 def finetune_here(folder, name, dtype):
@@ -408,10 +451,89 @@ def finetune(folder):
             row("  peak of memory", theirs[1] / 1e9, "GB", "(ours to theirs)", peak / theirs[1])
 
 
+# ---------------------------------------------------------------------------------------------
+# A GPU
+
+
+def gpu(folder):
+    """The character model to its end, GPT-2 124M in training and in generation, and what the
+    compiler makes of instructions. On a CPU it is a trial of all this with tiny sizes."""
+    on_gpu = DEVICE.type == "cuda"
+    settings = {} if on_gpu else dict(max_iters=4, eval_interval=2, n_layer=1)
+    recipe = our_recipe("full", **settings)
+    config = recipe[0]
+    run = list(training(recipe, every=config.eval_interval))
+    speed = config.batch_size * config.block_size / step_time(run)
+    row(f"char_gpt.py, {config.max_iters} steps, compiling included", run[-1][1], "s")
+    row("  validation loss, best", min(loss for _, _, loss in run if loss), "loss")
+    row("  one of its steps", speed, "tokens/s")
+    config, *others = plain_recipe("full")
+    config.batch_size = 64 if on_gpu else 1
+    plain = config.batch_size * config.block_size
+    plain /= step_time(training((config, *others), steps=500 if on_gpu else 3))
+    row("  a step of the plain recipe, 64x256", plain, "tokens/s", "(ours to its)", speed / plain)
+    train_124m(on_gpu)
+    if on_gpu:
+        decode(folder)
+    compile_instructions(steps=100 if on_gpu else 12)
+
+
+def train_124m(on_gpu):
+    tiny = dict(n_layer=1, block_size=64, batch_size=2, total_batch_size=128, vocab_size=300)
+    config = bpe_gpt.GPTConfig(**{} if on_gpu else tiny)
+    model = bpe_gpt.GPT(config).to(DEVICE)
+    forward = torch.compile(model) if on_gpu else model
+    optimizers = bpe_gpt.make_optimizers(model, config)
+    autocast = torch.autocast(DEVICE.type, FAST, enabled=FAST != torch.float32)
+    shape = config.total_batch_size // config.block_size, config.block_size + 1
+    times = []
+    for step in range(30 if on_gpu else 4):
+        rows = torch.randint(config.vocab_size, shape, device=DEVICE)
+        start = now()
+        bpe_gpt.training_step(
+            forward, optimizers, rows[:, :-1], rows[:, 1:], step, 0.0, config, autocast)
+        times.append(now() - start)
+    seconds = statistics.median(times[len(times) // 2 :])
+    row("bpe_gpt.py --full, a step", config.total_batch_size / seconds, "tokens/s")
+    config.batch_size = shape[0]
+    rate = flops(config) / seconds
+    limit = matrix_rate(config.total_batch_size, config.n_embd, FAST)
+    row("  operations of the model", rate / 1e12, "TFLOP/s", "of matrix products", rate / limit)
+    if on_gpu:
+        row("  peak of memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
+
+
+def compile_instructions(steps):
+    """Rows of all lengths must neither break the compiled graph nor be compiled again and again."""
+    from torch._dynamo.utils import counters
+
+    records = bpe_gpt.read_records(ROOT / "data" / "instructions.json")
+    tokenizer = bpe_gpt.train_bpe("\n".join(record["output"] for record in records), 400)
+    config = bpe_gpt.GPTConfig(
+        vocab_size=tokenizer.n_vocab, n_layer=2, n_head=2, n_embd=64, block_size=512,
+        total_batch_size=4096, batch_size=8)
+    data = bpe_gpt.InstructionData(records, tokenizer, config)
+    model = bpe_gpt.GPT(config).to(DEVICE)
+    optimizers = bpe_gpt.make_optimizers(model, config)
+    autocast = torch.autocast(DEVICE.type, FAST, enabled=FAST != torch.float32)
+    torch._dynamo.reset()
+    counters.clear()
+    forward = torch.compile(model, backend="inductor" if DEVICE.type == "cuda" else "aot_eager")
+    graphs = []
+    for step in range(steps):
+        x, y = [part.to(DEVICE) for part in data.training_batch(step)]
+        bpe_gpt.training_step(forward, optimizers, x, y, step, 0.0, config, autocast)
+        graphs.append(counters["stats"]["unique_graphs"])
+    breaks = sum(counters["graph_break"].values())
+    row(f"--instructions, {steps} steps, breaks of the graph", breaks, "")
+    row("  graphs compiled", graphs[-1], "")
+    row("  of these in the second half of the steps", graphs[-1] - graphs[steps // 2], "")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parts = ("limits", "small", "full", "bpe", "decode", "load", "finetune")
+    parts = ("limits", "small", "full", "bpe", "decode", "load", "finetune", "gpu")
     parser.add_argument("--only", choices=parts, help="this part only")
     parser.add_argument("--long", action="store_true", help="train the full model to its end")
     parser.add_argument("--json", help="file for the same figures as data")
@@ -421,7 +543,7 @@ def main():
         name, dtype, folder = args.apart
         finetune_here(folder, name, dtype)
         return
-    wanted = [args.only] if args.only else parts
+    wanted = [args.only] if args.only else parts[:-1]
     print(f"{DEVICE}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
     if "limits" in wanted:
         limits()
@@ -431,7 +553,7 @@ def main():
         full(args.long)
     if "bpe" in wanted:
         bpe()
-    if {"decode", "load", "finetune"} & set(wanted):
+    if {"decode", "load", "finetune", "gpu"} & set(wanted):
         with tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
             tokens = [*(bytes([b]) for b in range(256)), bpe_gpt.END_OF_TEXT.encode()]
@@ -443,6 +565,8 @@ def main():
                 load(folder)
             if "finetune" in wanted:
                 finetune(folder)
+            if "gpu" in wanted:
+                gpu(folder)
     if args.json:
         Path(args.json).write_text(json.dumps(ROWS, indent=1) + "\n", encoding="utf-8")
 

@@ -1,0 +1,69 @@
+"""What must be true on a CUDA GPU. Without one, these tests are skipped; tests/gpu.sh runs them and
+measures the speed there."""
+
+import pytest
+import torch
+
+import bpe_gpt
+import char_gpt
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+GPTS = pytest.mark.parametrize("script", [char_gpt, bpe_gpt], ids=lambda script: script.__name__)
+
+
+def build(script):
+    torch.manual_seed(0)
+    return script.GPT(script.GPTConfig(
+        vocab_size=300, n_layer=2, n_head=2, n_embd=32, block_size=600, dropout=0.0))
+
+
+@GPTS
+@pytest.mark.parametrize("length", [5, 600])
+def test_scores_are_those_of_the_cpu(script, length):
+    model = build(script).eval()
+    idx = torch.randint(300, (2, length))
+    with torch.no_grad():
+        expected, _ = model(idx)
+        logits, _ = model.cuda()(idx.cuda())
+    assert (logits.cpu() - expected).abs().max() < 1e-3
+
+
+@GPTS
+def test_greedy_text_is_that_of_the_cpu(script):
+    def likeliest(logits):
+        return logits.argmax(dim=-1, keepdim=True)
+
+    model = build(script)
+    for p in model.parameters():
+        p.data *= 20  # so that no two scores are nearly the same
+    idx = torch.randint(300, (1, 5))
+    expected = torch.cat(list(script.generate(model, idx, 30, likeliest)))
+    on_gpu = torch.cat(list(script.generate(model.cuda(), idx.cuda(), 30, likeliest)))
+    assert torch.equal(on_gpu.cpu(), expected)
+
+
+@GPTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_has_the_losses_of_the_cpu(script, dtype):
+    losses = {}
+    for device in ("cpu", "cuda"):
+        model = build(script).to(device)
+        config = script.GPTConfig(warmup_iters=0, batch_size=4)
+        optimizers = script.make_optimizers(model, config)
+        autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+        rows = torch.randint(300, (4, 65), generator=torch.Generator().manual_seed(1)).to(device)
+        losses[device] = [
+            script.training_step(
+                model, optimizers, rows[:, :-1], rows[:, 1:], step, 0.1, config, autocast)
+            for step in range(5)
+        ]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], abs=0.02)
+
+
+@GPTS
+def test_the_best_weights_are_kept_in_main_memory(script, tmp_path):
+    model = build(script).cuda()
+    config = script.GPTConfig()
+    checkpoint = {"history": [(1, 1, 5.0, 5.0)]}
+    script.save(checkpoint, 0.0, model, script.make_optimizers(model, config), tmp_path / "x.pt")
+    assert {p.device.type for p in checkpoint["model"].values()} == {"cpu"}
