@@ -575,7 +575,7 @@ def make_optimizers(model, config):
         adam.add_param_group(dict(params=matrices, weight_decay=config.weight_decay))
         return (adam,)
     muon = torch.optim.Muon(
-        matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+        matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay, ns_steps=4)
     return muon, adam
 
 
