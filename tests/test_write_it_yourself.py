@@ -65,16 +65,27 @@ def failures(row):
     return failed
 
 
+def replaced(row, source):
+    """Where a row's function is, and its definition in another source of its script."""
+    module = SCRIPTS[row.script]
+    definition = find(ast.parse(source), row.function)
+    names = dict(vars(module))
+    exec(compile(ast.Module([definition], type_ignores=[]), row.script, "exec"), names)
+    return f"{module.__name__}.{row.function}", names[definition.name]
+
+
 @EVERY_ROW
 def test_wrong_answers_fail(row, monkeypatch):
-    """With the definition, taken from the changed script, in the place of the real one."""
-    module = SCRIPTS[row.script]
     assert failures(row) == []
     for description, source in wrong_versions(row).items():
-        definition = find(ast.parse(source), row.function)
-        names = dict(vars(module))
-        code = ast.Module([definition], type_ignores=[])
-        exec(compile(code, row.script, "exec"), names)
         with monkeypatch.context() as patch:
-            patch.setattr(f"{module.__name__}.{row.function}", names[definition.name])
+            patch.setattr(*replaced(row, source))
             assert failures(row), f"{description}: all tests pass"
+
+
+@EVERY_ROW
+def test_an_exercise_needs_no_later_one(row, monkeypatch):
+    for later in ROWS[ROWS.index(row) + 1 :]:
+        source = wrong_versions(later)["raises", "NotImplementedError"]
+        monkeypatch.setattr(*replaced(later, source))
+    assert failures(row) == []
