@@ -275,7 +275,7 @@ def parse_flags(Config):
         parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
     flags = vars(parser.parse_args())
     for name, value in flags.items():
-        least = 1 if name.endswith(("_size", "_interval", "max_iters")) else 0
+        least = 1 if name.endswith(("_size", "_interval", "max_iters", "_head", "_layer")) else 0
         if not isinstance(value, str) and not value >= least:  # this refuses nan, too
             raise ValueError(f"--{name} {value}: it must be at least {least}")
     if "out" in flags and not flags["out"].endswith(".pt"):

@@ -6,7 +6,6 @@ text, or on instructions to be answered; and training in several processes.
 
     python bpe_gpt.py                 # train from scratch: GPT-2 124M, or a small model on a CPU
     python bpe_gpt.py --init gpt2     # fine-tune GPT-2 on Shakespeare; downloads 548 MB once
-    python bpe_gpt.py --init gpt2-medium --data my_text.txt --eval_only
     python bpe_gpt.py --init gpt2 --instructions data/instructions.json
     torchrun --nproc_per_node=8 bpe_gpt.py                        # on 8 GPUs
 
@@ -61,7 +60,7 @@ class GPTConfig:
     muon_learning_rate: float = 0.02  # of Muon, for the matrices in the blocks; 0: AdamW for all
     warmup_iters: int = 50  # steps over which the learning rates rise from zero
     weight_decay: float = 0.1  # pulls the matrices towards zero, against overfitting
-    grad_clip: float = 1.0  # greatest length of the gradient, as one vector of all parameters
+    grad_clip: float = 1.0  # greatest length of the gradient, as one long vector; 0: any
     seed: int = 1337  # of the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
@@ -85,8 +84,7 @@ CPU_SETTINGS = dict(  # what a CPU trains unless told otherwise: a smaller model
     vocab_size=1024, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
     total_batch_size=2048, max_iters=2400, eval_interval=400, learning_rate=0.002,
     muon_learning_rate=0.025, weight_decay=0.15)
-# Fine-tuning takes a few small steps, so that the model learns the text and forgets little else. It
-# does without Muon, whose steps are equally strong in all directions: too much for a good model.
+# A few small steps, to forget little; no Muon, whose steps are equally strong in all directions.
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
     muon_learning_rate=0.0, warmup_iters=5)
@@ -288,12 +286,13 @@ def encode_record(record, tokenizer):
 def read_records(path):
     """A JSON list of {"instruction": ..., "input": ..., "output": ...}, without empty outputs."""
     try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
+        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         for record in records:
             record.setdefault("input", "")
             for name in ("instruction", "input", "output"):
-                if not isinstance(record[name], str):  # a number, say, or null
-                    record[name] = "" if record[name] is None else json.dumps(record[name])
+                value = record[name]
+                if not isinstance(value, str):  # a number, say, or null
+                    record[name] = "" if value is None else json.dumps(value, ensure_ascii=False)
         return [record for record in records if record["output"] != ""]
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
         raise ValueError(f"{path}: no list of records with instruction and output") from None
@@ -321,9 +320,11 @@ def load_tokens(config, tokenizer):
     """Training data (the first 90% of a text), validation data (the rest; with --eval_only, all)
     and the tokenizer, as above. A folder has GPT-2's tokens: 16-bit integers, of any number."""
     if os.path.isdir(config.data):
-        if config.vocab_size != GPTConfig.vocab_size:
+        gpt2 = gpt2_tokenizer()
+        same = tokenizer is None or tokenizer.token_byte_values() == gpt2.token_byte_values()
+        if config.vocab_size != gpt2.n_vocab or not same:
             raise ValueError(f"{config.data} has GPT-2's tokens, not those of another vocabulary")
-        tokenizer = tokenizer or gpt2_tokenizer()
+        tokenizer = gpt2
         train_tokens = np.memmap(f"{config.data}/train.bin", dtype="<u2", mode="r")
         val_tokens = np.memmap(f"{config.data}/val.bin", dtype="<u2", mode="r")
     else:
@@ -610,7 +611,7 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
         for tensor in [total_loss, *(p.grad for p in model.parameters())]:
             dist.all_reduce(tensor)  # the sum over all processes, in place
     # Gradient clipping: one unusual batch must not distort the optimizers' running means.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
         raise ValueError(f"infinite gradient in step {step + 1}: try lower learning rates")
     for optimizer in optimizers:
@@ -872,7 +873,7 @@ def parse_flags(Config):
         parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
     flags = vars(parser.parse_args())
     for name, value in flags.items():
-        least = 1 if name.endswith(("_size", "_interval", "max_iters")) else 0
+        least = 1 if name.endswith(("_size", "_interval", "max_iters", "_head", "_layer")) else 0
         if not isinstance(value, str) and not value >= least:  # this refuses nan, too
             raise ValueError(f"--{name} {value}: it must be at least {least}")
     if "out" in flags and not flags["out"].endswith(".pt"):
@@ -996,4 +997,4 @@ if __name__ == "__main__":
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; --resume continues from the last evaluation, if there has been one")
+        sys.exit("stopped; if this run has been evaluated, --resume continues from there")

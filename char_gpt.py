@@ -52,7 +52,7 @@ class GPTConfig:
     muon_learning_rate: float = 0.025  # of Muon, for the matrices in the blocks
     warmup_iters: int = 10  # steps over which the learning rates rise from zero
     weight_decay: float = 0.2  # pulls the matrices towards zero, against overfitting
-    grad_clip: float = 1.0  # greatest length of the gradient, as one vector of all parameters
+    grad_clip: float = 1.0  # greatest length of the gradient, as one long vector; 0: any
     seed: int = 1337  # of the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
@@ -396,7 +396,7 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
     model.zero_grad()
     loss.backward()
     # Gradient clipping: one unusual batch must not distort the optimizers' running means.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
         raise ValueError(f"infinite gradient in step {step + 1}: try lower learning rates")
     for optimizer in optimizers:
@@ -546,7 +546,7 @@ def parse_flags(Config):
         parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
     flags = vars(parser.parse_args())
     for name, value in flags.items():
-        least = 1 if name.endswith(("_size", "_interval", "max_iters")) else 0
+        least = 1 if name.endswith(("_size", "_interval", "max_iters", "_head", "_layer")) else 0
         if not isinstance(value, str) and not value >= least:  # this refuses nan, too
             raise ValueError(f"--{name} {value}: it must be at least {least}")
     if "out" in flags and not flags["out"].endswith(".pt"):
@@ -627,4 +627,4 @@ if __name__ == "__main__":
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; --resume continues from the last evaluation, if there has been one")
+        sys.exit("stopped; if this run has been evaluated, --resume continues from there")

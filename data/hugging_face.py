@@ -134,6 +134,10 @@ def read_vocabulary(folder):
     and takes the order of merges from the numbers of tokens: both must be so here, too."""
     vocab = folder / "vocab.json"
     tokenizer = folder / "tokenizer.json"
+    settings = folder / "tokenizer_config.json"
+    if settings.exists():
+        if json.loads(settings.read_text(encoding="utf-8")).get("add_prefix_space"):
+            raise ValueError("add_prefix_space in tokenizer_config.json is not supported")
     added = {}
     if tokenizer.exists():
         content = json.loads(tokenizer.read_text(encoding="utf-8"))

@@ -78,9 +78,10 @@ def main():
     files = []
     for name in args.files:
         # On Windows, *.txt arrives as it was typed.
-        files += sorted(glob.glob(name)) if "*" in name else [name]
-    if not files:
-        raise ValueError(f"no files match {' '.join(args.files)}")
+        found = sorted(glob.glob(name)) if "*" in name else [name]
+        if not found:
+            raise ValueError(f"no file matches {name}")
+        files += found
     for path in files:
         open(path).close()  # a file that is missing is missed now, not after hours of work
     tokenizer = load_tokenizer()
@@ -90,10 +91,10 @@ def main():
     try:
         with open(temporary[0], "w+b") as train, open(temporary[1], "wb") as val:
             n = write_tokens(files, tokenizer, train)
-            if n < 4:  # two on either side: one to see, one to predict
-                raise ValueError(f"{n} tokens are too few: train.bin and val.bin need 2 each")
+            if n < 20:
+                raise ValueError(f"{n} tokens are too few: train.bin and val.bin need 10 each")
             # Only now it is known how many tokens a share of them is.
-            n_val = min(max(round(args.val_share * n), 2), n - 2)
+            n_val = min(max(round(args.val_share * n), 10), n - 10)
             train.seek(2 * (n - n_val))
             shutil.copyfileobj(train, val)
             train.truncate(2 * (n - n_val))

@@ -150,7 +150,8 @@ MISTAKES = {
         "rates multiply from step to step": ('optimizer.defaults["lr"]', 'group["lr"]'),
         "gradients add up": ("model.zero_grad()", "pass"),
         "no clipping": (
-            "nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)", "torch.zeros(())"),
+            "nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)",
+            "torch.zeros(())"),
         "the optimizers make no step": ("optimizer.step()", "pass"),
         "only the first optimizer makes a step": (
             "optimizer.step()", "optimizers[0].step()\n    break"),

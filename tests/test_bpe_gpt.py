@@ -669,6 +669,11 @@ def test_a_folder_of_tokens_is_trained_on_without_being_read_whole(command, tmp_
     assert checkpoint["text_before"] == "<|endoftext|>", "it stands between the texts"
     with pytest.raises(ValueError, match="GPT-2's tokens, not those of another vocabulary"):
         command("x.pt", "--data", tmp_path, *size, "--vocab_size", 280)
+    other = train_bpe(TEXT, 300)  # as many tokens, but others
+    vocab = [other.decode_single_token_bytes(i) for i in range(300)]
+    torch.save({**checkpoint, "vocab": vocab}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="GPT-2's tokens, not those of another vocabulary"):
+        command("x.pt", "--data", tmp_path, "--init", tmp_path / "other.pt")
     np.array([5, 299, 300, 7] * 99, "<u2").tofile(tmp_path / "val.bin")
     with pytest.raises(ValueError, match="token 300 at 0 or later is not in the vocabulary"):
         command("x.pt", "--data", tmp_path, *size, *STEPS.split())

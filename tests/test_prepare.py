@@ -94,14 +94,15 @@ def test_validation_data_is_exactly_its_share_at_the_end(make, learned, share):
     expected = encode(learned, *texts)
     assert train + val == expected
     n = len(expected)
-    assert len(val) == min(max(round(float(share) * n), 2), n - 2)
+    assert len(val) == min(max(round(float(share) * n), 10), n - 10)
 
 
 def test_the_folder_is_what_bpe_gpt_reads(make, learned, capsys):
     train, val = make(TEXT)
     expected = f"{len(train):,} tokens to train on, {len(val):,} to validate on: corpus\n"
     assert capsys.readouterr().out == expected
-    config = bpe_gpt.GPTConfig(data="corpus", block_size=16, batch_size=4)
+    config = bpe_gpt.GPTConfig(
+        data="corpus", block_size=16, batch_size=4, vocab_size=learned.n_vocab)
     train_data, val_data, _ = bpe_gpt.load_tokens(config, learned)
     seen = [token for _, y in val_data.evaluation_batches() for token in y[y != -100].tolist()]
     assert seen == val[1:]
@@ -128,17 +129,21 @@ def test_one_line_of_three_million_characters(make, learned, word):
     assert total == len(encode(learned, line))
 
 
-def test_a_tiny_text_gives_two_tokens_to_each_part(make, learned):
-    train, val = make("abc", share="0.001")  # and the end of text
-    assert (train, val) == (encode(learned, "abc")[:-2], encode(learned, "abc")[-2:])
-    train, val = make("", "<|endoftext|>", "x", share="0.9")
-    assert (train, val) == ([learned.eot_token] * 2, [learned.eot_token, *encode(learned, "x")])
+def test_a_tiny_text_gives_ten_tokens_to_each_part(make, learned):
+    """Both are enough to compute a loss, and bits per byte of it."""
+    text = "0123456789 0123456789"
+    tokens = encode(learned, text)
+    assert len(tokens) > 20
+    train, val = make(text, share="0.001")
+    assert (train, val) == (tokens[:-10], tokens[-10:])
+    train, val = make(text, share="0.999")
+    assert (train, val) == (tokens[:10], tokens[10:])
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("ab", "3 tokens are too few"),
+        ("ab", "3 tokens are too few: train.bin and val.bin need 10 each"),
         ("", "1 tokens are too few"),
         (" " * 3_000_000, "0.txt: .*"),  # more in a row than tiktoken can split
         (b"caf\xe9 " * 1_000_000, "0.txt is not text in UTF-8"),
@@ -159,7 +164,7 @@ def test_what_was_there_stays_whole_when_a_text_is_no_good(make, tmp_path, text,
     [
         ("no.txt --out x", "no.txt"),
         ("some.txt no.txt --out x", "no.txt"),
-        ("no*.txt --out x", "no files match no*.txt"),
+        ("some.txt no*.txt --out x", "no file matches no*.txt"),
         (". --out x", "'.'"),
         ("some.txt --out x --val_share 1", "--val_share is 1"),
         ("some.txt --out x --val_share 0", "--val_share is 0"),
@@ -183,10 +188,10 @@ def test_without_a_network_one_line_says_so(tmp_path):
 
 def test_a_pattern_that_the_shell_did_not_expand_is_expanded(make, learned, tmp_path):
     """As on Windows."""
-    for name, text in (("b.txt", "second text"), ("a.txt", "first text"), ("c.md", "no text")):
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    for name in ("second.txt", "first.txt", "no.md"):
+        (tmp_path / name).write_text(f"{name[:-4]} text 012345678", encoding="utf-8")
     train, val = make(share="0.1", files=[tmp_path / "*.txt"])
-    assert train + val == encode(learned, "first text", "second text")
+    assert train + val == encode(learned, "first text 012345678", "second text 012345678")
 
 
 @needs_gpt2_tokenizer
@@ -194,9 +199,9 @@ def test_files_become_gpt2s_tokens(tmp_path):
     texts = [TEXT, "Hello world"]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
-    flags = "0.txt 1.txt --out corpus --val_share 0.001".split()
+    flags = "0.txt 1.txt --out corpus --val_share 0.01".split()
     run(SCRIPT, *flags, cwd=tmp_path, fresh=True)
     parts = [np.fromfile(tmp_path / "corpus" / f"{n}.bin", "<u2") for n in ("train", "val")]
     tokens = [*parts[0], *parts[1]]
     assert tokens == encode(bpe_gpt.gpt2_tokenizer(), *texts)
-    assert tokens[-3:] == [15496, 995, 50256] and len(parts[1]) == round(0.001 * len(tokens))
+    assert tokens[-3:] == [15496, 995, 50256] and len(parts[1]) == round(0.01 * len(tokens))

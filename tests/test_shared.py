@@ -365,6 +365,7 @@ MISTAKES = {
     "no step": ("bigram.py --max_iters 0", "--max_iters 0: it must be at least 1"),
     "no evaluation": ("char_gpt.py --eval_interval 0", "--eval_interval 0"),
     "no context": ("bpe_gpt.py --block_size 0", "--block_size 0"),
+    "no head": ("char_gpt.py --n_head 0", "--n_head 0"),
     "a negative number": ("bpe_gpt.py --warmup_iters -1", "--warmup_iters -1"),
     "not a number": ("char_gpt.py --learning_rate nan", "--learning_rate nan"),
     "a GPU that is not there": ("char_gpt.py --device cuda", "no such device"),

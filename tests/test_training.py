@@ -155,6 +155,16 @@ def test_a_gradient_that_is_too_long_is_shortened(script):
 
 
 @for_each_gpt
+def test_a_grad_clip_of_0_leaves_the_gradient_as_it_is(script):
+    norms = []
+    for grad_clip in (0.0, 1e9):
+        model = build(script)
+        take_step(script, model, script.GPTConfig(grad_clip=grad_clip))
+        norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
+    assert norms[0] > 0.1 and norms[0] == norms[1]
+
+
+@for_each_gpt
 def test_no_step_is_made_with_a_gradient_that_is_not_finite(script):
     model = build(script)
     with torch.no_grad():
@@ -545,7 +555,7 @@ def test_ctrl_c_ends_a_run_with_one_line(script, tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 1
-    assert re.fullmatch(r"stopped; --resume continues from the last evaluation.*\n", error)
+    assert re.fullmatch(r"stopped; if this run has been evaluated, --resume continues.*\n", error)
     assert script.load_checkpoint(tmp_path / "x.pt", script.__name__)["last"]["step"] >= 8
 
 

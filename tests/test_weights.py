@@ -421,6 +421,7 @@ FAULTS = {
     "several files": lambda folder: (folder / "model.safetensors").rename(folder / "1.safetensors"),
     "a tokenizer that is not JSON": content("vocab.json", b"{"),
     "a tokenizer without an end of text": content("vocab.json", b'{"a": 0}'),
+    "a tokenizer that adds a space": content("tokenizer_config.json", b'{"add_prefix_space": true}'),
     "a tokenizer.json without a model": content("tokenizer.json", b'{"added_tokens": []}'),
 }
 
