@@ -143,20 +143,14 @@ def continuations(model, idx, end, config):
     generate = bpe_gpt.generate if isinstance(model, bpe_gpt.GPT) else char_gpt.generate
     idx = idx.repeat(config.num_samples, 1)
     columns = generate(model, idx, config.max_new_tokens, lambda logits: choose(logits, config))
-    seen = []
-    return [read_row(i, columns, seen) for i in range(config.num_samples)]
+    # All texts grow together, by one column (B, 1) at a time, which tee() keeps for each of them.
+    copies = itertools.tee(columns, config.num_samples)
+    return [read_row(i, copy) for i, copy in enumerate(copies)]
 
 
-def read_row(i, columns, seen):
-    """Yields the tokens of text number i. All texts grow together, by one column (B, 1) of tokens
-    at a time. `seen` has all columns so far; when they are used up, the next one is generated."""
-    for n in itertools.count():
-        if n == len(seen):
-            column = next(columns, None)
-            if column is None:
-                return
-            seen.append(column.flatten().tolist())
-        yield seen[n][i]
+def read_row(i, columns):
+    for column in columns:
+        yield column[i].item()
 
 
 def stream(tokens, tokenizer, end, stop):
@@ -214,9 +208,7 @@ def next_log_probs(model, idx):
 
 def show_probs(model, tokenizer, ids):
     """A line for each token but the first: its probability, its rank among all tokens, and the
-    likeliest other tokens. On a terminal, colours from blue to red show how surprising it was, in
-    bits (minus the logarithm of its probability): up to 2, 4, 6, 8, or more."""
-    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    likeliest other tokens."""
     log_probs = next_log_probs(model, torch.tensor([ids[:-1]]))
     targets = ids[1:]
     print("token           probability    rank   likeliest others")
@@ -224,38 +216,34 @@ def show_probs(model, tokenizer, ids):
         rank = (row > row[token]).sum() + 1
         others = [other for other in row.argsort(descending=True)[:4].tolist() if other != token]
         others = [f"{quote(tokenizer, other)} {row[other].exp():.1%}" for other in others[:3]]
-        name = f"{quote(tokenizer, token):15}"
-        if coloured:
-            bits = -row[token].item() / math.log(2)
-            colour = (33, 37, 178, 208, 196)[min(int(bits / 2), 4)]
-            name = f"\033[38;5;{colour}m{name}\033[0m"  # ANSI's codes for a colour and its end
-        print(f"{name} {row[token].exp():11.2%} {rank:7}   {'  '.join(others)}")
+        print(f"{quote(tokenizer, token):15} {row[token].exp():11.2%} {rank:7} ", *others, sep="  ")
     loss = F.nll_loss(log_probs, torch.tensor(targets))  # cross-entropy, from log-probabilities
     print(f"total loss {loss * len(targets):.2f}, mean {loss:.4f}, perplexity {loss.exp():.2f}")
 
 
 @torch.no_grad()
-def forward_with_hooks(model, ids, modules, hook):
-    """Run the model on ids, with a call of hook(module, inputs, output) after each of modules."""
+def record(model, ids, modules):
+    """Run the model on ids. Returns (module, input, output) for each time one of modules ran."""
+    calls = []
+    def hook(module, inputs, output):
+        calls.append((module, inputs[0], output))
+
     handles = [module.register_forward_hook(hook) for module in modules]
     model(torch.tensor([ids]))
     for handle in handles:
         handle.remove()
+    return calls
 
 
 def attention_weights(model, ids):
     """(n_layer, n_head, T, T): in each head, row t says how much token t attends to each token."""
     n_head = model.transformer.h[0].attn.n_head
     weights = []
-
-    def hook(c_attn, inputs, output):  # (1, T, 3 * C): queries, keys and values of all heads
-        q, k, _ = output.chunk(3, dim=-1)  # each (1, T, C)
-        q = q.unflatten(-1, (n_head, -1)).transpose(1, 2)  # (1, n_head, T, head_size)
-        k = k.unflatten(-1, (n_head, -1)).transpose(1, 2)
+    for _, _, output in record(model, ids, [block.attn.c_attn for block in model.transformer.h]):
+        heads = output.unflatten(-1, (3, n_head, -1))  # (1, T, 3, n_head, head_size)
+        q, k, _ = heads.transpose(1, 3).unbind(dim=2)  # each (1, n_head, T, head_size)
         # With the rows of the identity matrix as values, their weighted mean is the weights.
         weights.append(attention(q, k, torch.eye(len(ids))))
-
-    forward_with_hooks(model, ids, [block.attn.c_attn for block in model.transformer.h], hook)
     return torch.cat(weights)
 
 
@@ -302,19 +290,14 @@ def show_shapes(model, ids):
     """A line for each module that has no modules inside, in the order in which they run, but for
     dropout. Attention is a function and has no line: it comes between c_attn and c_proj."""
     names = {module: name for name, module in model.named_modules()}
+    leaves = [m for m in names if not list(m.children()) and not isinstance(m, torch.nn.Dropout)]
     counted = set()  # the parameters so far, since lm_head has the same as wte
-
-    def hook(module, inputs, output):
+    print(f"{'module':28} {'kind':10} {'in':>16} {'out':>16} {'parameters':>12}")
+    for module, x, y in record(model, ids, leaves):
         n_params = sum(p.numel() for p in module.parameters() if p not in counted)
         counted.update(module.parameters())
-        kind = type(module).__name__
-        before = str(list(inputs[0].shape))
-        after = str(list(output.shape))
-        print(f"{names[module]:28} {kind:10} {before:>16} {after:>16} {n_params:12,}")
-
-    print(f"{'module':28} {'kind':10} {'in':>16} {'out':>16} {'parameters':>12}")
-    leaves = [m for m in names if not list(m.children()) and not isinstance(m, torch.nn.Dropout)]
-    forward_with_hooks(model, ids, leaves, hook)
+        shapes = f"{list(x.shape)!s:>16} {list(y.shape)!s:>16}"
+        print(f"{names[module]:28} {type(module).__name__:10} {shapes} {n_params:12,}")
     print(f"{'total':73} {sum(p.numel() for p in model.parameters()):12,}")
 
 
@@ -344,8 +327,8 @@ def show_curves(paths, plot):
             megabytes, train, val = zip(*curve)
             axis.plot(megabytes, val, ".-", label=path)
             axis.plot(megabytes, train, ":", color=axis.lines[-1].get_color())
-        axis.set(xlabel="text read (megabytes)", ylabel="bits per byte", xscale="log")
-        axis.set_title("loss on validation data (solid) and training data (dotted)")
+        axis.set(xlabel="text read (megabytes)", ylabel="bits per byte", xscale="log",
+                 title="loss on validation data (solid) and training data (dotted)")
         axis.legend()
         figure.savefig(plot, dpi=150, bbox_inches="tight")
         print(f"saved {plot}")

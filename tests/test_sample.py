@@ -202,7 +202,7 @@ def test_probs_shows_each_token_with_its_probability_and_rank(command, script):
     log_probs = sample.next_log_probs(model, torch.tensor([[*before, *ids[:-1]]]))
     for line, token, row in zip(lines, ids, log_probs.exp(), strict=True):
         name, share, rank, others = re.match(r"('.+?') +([\d.]+)% +(\d+)   (.*)", line).groups()
-        assert name == sample.quote(tokenizer, token), "and no colours but on a terminal"
+        assert name == sample.quote(tokenizer, token)
         assert float(share) == pytest.approx(100 * row[token].item(), abs=0.02)
         assert int(rank) == 1 + (row > row[token]).sum()
         row[token] = 0
@@ -212,15 +212,6 @@ def test_probs_shows_each_token_with_its_probability_and_rank(command, script):
     mean = -log_probs[range(len(ids)), ids].mean().item()
     expected = pytest.approx([len(ids) * mean, mean, math.exp(mean)], rel=2e-3)
     assert [float(n) for n in re.findall(r"[\d.]+", end)] == expected
-
-
-def test_colours_are_for_terminals_and_for_those_who_want_them(command, monkeypatch, capsys):
-    model, tokenizer, _ = load_model("out/char_gpt.pt")
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    for no_color, n in ("", 6), ("1", 0):
-        monkeypatch.setenv("NO_COLOR", no_color)
-        sample.show_probs(model, tokenizer, tokenizer.encode("The sea"))
-        assert capsys.readouterr().out.count("\033[38;5;") == n
 
 
 @GPTS
