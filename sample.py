@@ -12,11 +12,11 @@ To see what a model does with a text:
 
     python sample.py --probs "To be, or not"      # the probability of each token
     python sample.py --attention "To be, or not" --layer 1 --head 2
-    python sample.py --attention "To be, or not" --plot attention.png     # all layers and heads
+    python sample.py --explore "To be, or not"    # all this and more, as a page for the browser
     python sample.py --shapes "To be, or not"     # what goes into each module and what comes out
     python sample.py --curve out/bigram.pt out/char_gpt.pt --plot curves.png
 
---plot needs matplotlib. --instruct needs a model that bpe_gpt.py has trained on --instructions.
+--curve --plot needs matplotlib; --instruct a model that bpe_gpt.py trained on --instructions.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -28,6 +28,7 @@ import codecs
 import glob
 import inspect
 import itertools
+import json
 import math
 import os
 import signal
@@ -65,9 +66,10 @@ class SampleConfig:
     attention: str = ""  # show which tokens of this text attend to which
     layer: int = 0  # the layer to show with --attention
     head: int = 0  # the head to show with --attention
+    explore: str = ""  # make a page for the browser that shows what the model does with this text
     shapes: str = ""  # show the shapes that this text has on its way through the model
     curve: bool = False  # show the losses of the checkpoints that are named, in bits per byte
-    plot: str = ""  # draw --attention or --curve into this file, such as x.png
+    plot: str = ""  # a file to draw --curve into, such as x.png, or for the page of --explore
 
 # ---- Sampling -----------------------------------------------------------------------------------
 
@@ -252,8 +254,6 @@ def show_attention(model, tokenizer, ids, config):
         raise ValueError("a bigram model has no attention: name another checkpoint")
     weights = attention_weights(model, ids)
     names = [quote(tokenizer, token) for token in ids]
-    if config.plot:
-        return plot_attention(weights, names, config.plot)
     n_layer, n_head, _, _ = weights.shape
     if not (0 <= config.layer < n_layer and 0 <= config.head < n_head):
         raise ValueError(f"--layer is from 0 to {n_layer - 1}, --head from 0 to {n_head - 1}")
@@ -267,23 +267,37 @@ def show_attention(model, tokenizer, ids, config):
     print("weights: ░ from 4%, ▒ from 16%, ▓ from 36%, █ from 64%")
 
 
-def plot_attention(weights, names, path):
-    """A picture of all heads (side by side) of all layers (one below the other)."""
-    import matplotlib.pyplot as plt
-    n_layer, n_head, T, _ = weights.shape
-    size = T + 1  # of one head: T x T weights and a gap
-    tiles = F.pad(weights, (0, 1, 0, 1), value=math.nan)  # (n_layer, n_head, size, size)
-    picture = tiles.transpose(1, 2).reshape(n_layer * size, n_head * size)
-    inch = min(0.13, 30 / max(picture.shape))  # the size of a token
-    figure, axis = plt.subplots(figsize=(inch * n_head * size + 2, inch * n_layer * size + 1))
-    image = axis.imshow(picture.numpy(), vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
-    axis.set_xticks(range(n_head * size), (names + [""]) * n_head, rotation=90)
-    axis.set_yticks(range(n_layer * size), (names + [""]) * n_layer)
-    axis.tick_params(labelsize=50 * inch)
-    axis.set_title(f"{n_layer} layers from top to bottom, {n_head} heads from left to right")
-    figure.colorbar(image, label="attention weight", shrink=0.5, pad=0.1)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    print(f"saved {path}")
+@torch.no_grad()
+def explore(model, tokenizer, ids, name, path):
+    """Write data/explore.html, a page for the browser, with what the model does with ids."""
+    has_attention = hasattr(model, "transformer")
+    limit = min(81, model.context_size) if has_attention else 81  # so that the page opens fast
+    if len(ids) > limit:
+        raise ValueError(f"--explore takes {limit - 1} tokens at most, and here are {len(ids) - 1}")
+    log_probs = next_log_probs(model, torch.tensor([ids]))  # (T, vocab_size)
+    followed = log_probs[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1))  # (T - 1, 1)
+    scores, order = log_probs.sort(dim=-1, descending=True)
+    # Of 50,257 scores, the page gets those of the first 100 ranks and then of ranks about 1% apart.
+    ranks = torch.logspace(0, math.log10(scores.shape[1]), 1200).round().long().unique()
+    page = {
+        "model": name, "ids": ids, "best": order[:, :100].tolist(), "score_ranks": ranks.tolist(),
+        "names": [quote(tokenizer, i)[1:-1].replace(" ", "\u2423") for i in range(scores.shape[1])],
+        "scores": scores[:, ranks - 1].double().round(decimals=4).tolist(),
+        "log_probs": followed.flatten().tolist(),
+        "ranks": ((log_probs[:-1] > followed).sum(dim=-1) + 1).tolist(),
+    }
+    if has_attention:
+        page["attention"] = (attention_weights(model, ids) * 1000).round().int().tolist()
+        # The "logit lens" (nostalgebraist 2020): the output layer reads what each block puts out.
+        parts = [model.transformer.drop, *model.transformer.h]
+        x = torch.cat([output for _, _, output in record(model, ids, parts)])
+        probs, tokens = model.lm_head(model.transformer.ln_f(x)).softmax(dim=-1).max(dim=-1)
+        page["lens"] = {"tokens": tokens.tolist(), "probs": probs.tolist()}  # (n_layer + 1, T)
+    data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # </script> does no harm
+    html = (bpe_gpt.DATA / "explore.html").read_text(encoding="utf-8")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(html.replace('id="data">', f'id="data">{data}'))
+    print(f"saved {path}: open it in a browser")
 
 
 def show_shapes(model, ids):
@@ -420,6 +434,9 @@ def main():
         return show_probs(model, tokenizer, before + encode(config.probs))
     if config.attention:
         return show_attention(model, tokenizer, encode(config.attention), config)
+    if config.explore:
+        ids = before + encode(config.explore)
+        return explore(model, tokenizer, ids, names[0], config.plot or "explore.html")
     if config.shapes:
         return show_shapes(model, encode(config.shapes))
     device = pick_device("auto")

@@ -325,23 +325,19 @@ def test_a_text_begins_as_texts_do_in_the_training_data(command, changed, monkey
     assert torch.load("out/bpe_gpt.pt", weights_only=True)["text_before"] == "\n"
 
 
-PLOTS = pytest.mark.parametrize(
-    "flags", [["--curve", "out/bigram.pt", "out/char_gpt.pt"],
-              ["out/char_gpt.pt", "--attention", "The sea, the sea"]], ids=["curve", "attention"])
+CURVES = ("--curve", "out/bigram.pt", "out/char_gpt.pt")
 
 
-@PLOTS
-def test_without_matplotlib_one_line_says_so(clone, flags, tmp_path):
+def test_without_matplotlib_one_line_says_so(clone, tmp_path):
     folder = shutil.copytree(clone, tmp_path / "clone")
     (folder / "matplotlib.py").write_text("raise ImportError('No module')")
-    assert "No module" in one_line_error("sample.py", *flags, "--plot", "x.png", cwd=folder)
+    assert "No module" in one_line_error("sample.py", *CURVES, "--plot", "x.png", cwd=folder)
 
 
-@PLOTS
-def test_a_picture_is_written(command, flags, tmp_path):
+def test_a_picture_is_written(command, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: no pictures to test")
     path = tmp_path / "x.png"
-    assert command(*flags, "--plot", path).out.endswith(f"saved {path}\n")
+    assert command(*CURVES, "--plot", path).out.endswith(f"saved {path}\n")
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
