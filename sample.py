@@ -12,11 +12,11 @@ To see what a model does with a text:
 
     python sample.py --probs "To be, or not"      # the probability of each token
     python sample.py --attention "To be, or not" --layer 1 --head 2
-    python sample.py --attention "To be, or not" --plot attention.png     # all layers and heads
+    python sample.py --explore "To be, or not"    # all this and more, as a page for the browser
     python sample.py --shapes "To be, or not"     # what goes into each module and what comes out
     python sample.py --curve out/bigram.pt out/char_gpt.pt --plot curves.png
 
---plot needs matplotlib. --instruct needs a model that bpe_gpt.py has trained on --instructions.
+--curve --plot needs matplotlib; --instruct a model that bpe_gpt.py trained on --instructions.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -28,6 +28,7 @@ import codecs
 import glob
 import inspect
 import itertools
+import json
 import math
 import os
 import signal
@@ -65,9 +66,10 @@ class SampleConfig:
     attention: str = ""  # show which tokens of this text attend to which
     layer: int = 0  # the layer to show with --attention
     head: int = 0  # the head to show with --attention
+    explore: str = ""  # make a page for the browser that shows what the model does with this text
     shapes: str = ""  # show the shapes that this text has on its way through the model
     curve: bool = False  # show the losses of the checkpoints that are named, in bits per byte
-    plot: str = ""  # draw --attention or --curve into this file, such as x.png
+    plot: str = ""  # a file to draw --curve into, such as x.png, or for the page of --explore
 
 # ---- Sampling -----------------------------------------------------------------------------------
 
@@ -143,20 +145,14 @@ def continuations(model, idx, end, config):
     generate = bpe_gpt.generate if isinstance(model, bpe_gpt.GPT) else char_gpt.generate
     idx = idx.repeat(config.num_samples, 1)
     columns = generate(model, idx, config.max_new_tokens, lambda logits: choose(logits, config))
-    seen = []
-    return [read_row(i, columns, seen) for i in range(config.num_samples)]
+    # All texts grow together, by one column (B, 1) at a time, which tee() keeps for each of them.
+    copies = itertools.tee(columns, config.num_samples)
+    return [read_row(i, copy) for i, copy in enumerate(copies)]
 
 
-def read_row(i, columns, seen):
-    """Yields the tokens of text number i. All texts grow together, by one column (B, 1) of tokens
-    at a time. `seen` has all columns so far; when they are used up, the next one is generated."""
-    for n in itertools.count():
-        if n == len(seen):
-            column = next(columns, None)
-            if column is None:
-                return
-            seen.append(column.flatten().tolist())
-        yield seen[n][i]
+def read_row(i, columns):
+    for column in columns:
+        yield column[i].item()
 
 
 def stream(tokens, tokenizer, end, stop):
@@ -214,9 +210,7 @@ def next_log_probs(model, idx):
 
 def show_probs(model, tokenizer, ids):
     """A line for each token but the first: its probability, its rank among all tokens, and the
-    likeliest other tokens. On a terminal, colours from blue to red show how surprising it was, in
-    bits (minus the logarithm of its probability): up to 2, 4, 6, 8, or more."""
-    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    likeliest other tokens."""
     log_probs = next_log_probs(model, torch.tensor([ids[:-1]]))
     targets = ids[1:]
     print("token           probability    rank   likeliest others")
@@ -224,38 +218,34 @@ def show_probs(model, tokenizer, ids):
         rank = (row > row[token]).sum() + 1
         others = [other for other in row.argsort(descending=True)[:4].tolist() if other != token]
         others = [f"{quote(tokenizer, other)} {row[other].exp():.1%}" for other in others[:3]]
-        name = f"{quote(tokenizer, token):15}"
-        if coloured:
-            bits = -row[token].item() / math.log(2)
-            colour = (33, 37, 178, 208, 196)[min(int(bits / 2), 4)]
-            name = f"\033[38;5;{colour}m{name}\033[0m"  # ANSI's codes for a colour and its end
-        print(f"{name} {row[token].exp():11.2%} {rank:7}   {'  '.join(others)}")
+        print(f"{quote(tokenizer, token):15} {row[token].exp():11.2%} {rank:7} ", *others, sep="  ")
     loss = F.nll_loss(log_probs, torch.tensor(targets))  # cross-entropy, from log-probabilities
     print(f"total loss {loss * len(targets):.2f}, mean {loss:.4f}, perplexity {loss.exp():.2f}")
 
 
 @torch.no_grad()
-def forward_with_hooks(model, ids, modules, hook):
-    """Run the model on ids, with a call of hook(module, inputs, output) after each of modules."""
+def record(model, ids, modules):
+    """Run the model on ids. Returns (module, input, output) for each time one of modules ran."""
+    calls = []
+    def hook(module, inputs, output):
+        calls.append((module, inputs[0], output))
+
     handles = [module.register_forward_hook(hook) for module in modules]
     model(torch.tensor([ids]))
     for handle in handles:
         handle.remove()
+    return calls
 
 
 def attention_weights(model, ids):
     """(n_layer, n_head, T, T): in each head, row t says how much token t attends to each token."""
     n_head = model.transformer.h[0].attn.n_head
     weights = []
-
-    def hook(c_attn, inputs, output):  # (1, T, 3 * C): queries, keys and values of all heads
-        q, k, _ = output.chunk(3, dim=-1)  # each (1, T, C)
-        q = q.unflatten(-1, (n_head, -1)).transpose(1, 2)  # (1, n_head, T, head_size)
-        k = k.unflatten(-1, (n_head, -1)).transpose(1, 2)
+    for _, _, output in record(model, ids, [block.attn.c_attn for block in model.transformer.h]):
+        heads = output.unflatten(-1, (3, n_head, -1))  # (1, T, 3, n_head, head_size)
+        q, k, _ = heads.transpose(1, 3).unbind(dim=2)  # each (1, n_head, T, head_size)
         # With the rows of the identity matrix as values, their weighted mean is the weights.
         weights.append(attention(q, k, torch.eye(len(ids))))
-
-    forward_with_hooks(model, ids, [block.attn.c_attn for block in model.transformer.h], hook)
     return torch.cat(weights)
 
 
@@ -264,8 +254,6 @@ def show_attention(model, tokenizer, ids, config):
         raise ValueError("a bigram model has no attention: name another checkpoint")
     weights = attention_weights(model, ids)
     names = [quote(tokenizer, token) for token in ids]
-    if config.plot:
-        return plot_attention(weights, names, config.plot)
     n_layer, n_head, _, _ = weights.shape
     if not (0 <= config.layer < n_layer and 0 <= config.head < n_head):
         raise ValueError(f"--layer is from 0 to {n_layer - 1}, --head from 0 to {n_head - 1}")
@@ -279,42 +267,51 @@ def show_attention(model, tokenizer, ids, config):
     print("weights: ░ from 4%, ▒ from 16%, ▓ from 36%, █ from 64%")
 
 
-def plot_attention(weights, names, path):
-    """A picture of all heads (side by side) of all layers (one below the other)."""
-    import matplotlib.pyplot as plt
-    n_layer, n_head, T, _ = weights.shape
-    size = T + 1  # of one head: T x T weights and a gap
-    tiles = F.pad(weights, (0, 1, 0, 1), value=math.nan)  # (n_layer, n_head, size, size)
-    picture = tiles.transpose(1, 2).reshape(n_layer * size, n_head * size)
-    inch = min(0.13, 30 / max(picture.shape))  # the size of a token
-    figure, axis = plt.subplots(figsize=(inch * n_head * size + 2, inch * n_layer * size + 1))
-    image = axis.imshow(picture.numpy(), vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
-    axis.set_xticks(range(n_head * size), (names + [""]) * n_head, rotation=90)
-    axis.set_yticks(range(n_layer * size), (names + [""]) * n_layer)
-    axis.tick_params(labelsize=50 * inch)
-    axis.set_title(f"{n_layer} layers from top to bottom, {n_head} heads from left to right")
-    figure.colorbar(image, label="attention weight", shrink=0.5, pad=0.1)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    print(f"saved {path}")
+@torch.no_grad()
+def explore(model, tokenizer, ids, name, path):
+    """Write data/explore.html, a page for the browser, with what the model does with ids."""
+    has_attention = hasattr(model, "transformer")
+    limit = min(81, model.context_size) if has_attention else 81  # so that the page opens fast
+    if len(ids) > limit:
+        raise ValueError(f"--explore takes {limit - 1} tokens at most, and here are {len(ids) - 1}")
+    log_probs = next_log_probs(model, torch.tensor([ids]))  # (T, vocab_size)
+    followed = log_probs[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1))  # (T - 1, 1)
+    scores, order = log_probs.sort(dim=-1, descending=True)
+    # Of 50,257 scores, the page gets those of the first 100 ranks and then of ranks about 1% apart.
+    ranks = torch.logspace(0, math.log10(scores.shape[1]), 1200).round().long().unique()
+    page = {
+        "model": name, "ids": ids, "best": order[:, :100].tolist(), "score_ranks": ranks.tolist(),
+        "names": [quote(tokenizer, i)[1:-1].replace(" ", "\u2423") for i in range(scores.shape[1])],
+        "scores": scores[:, ranks - 1].double().round(decimals=4).tolist(),
+        "log_probs": followed.flatten().tolist(),
+        "ranks": ((log_probs[:-1] > followed).sum(dim=-1) + 1).tolist(),
+    }
+    if has_attention:
+        page["attention"] = (attention_weights(model, ids) * 1000).round().int().tolist()
+        # The "logit lens" (nostalgebraist 2020): the output layer reads what each block puts out.
+        parts = [model.transformer.drop, *model.transformer.h]
+        x = torch.cat([output for _, _, output in record(model, ids, parts)])
+        probs, tokens = model.lm_head(model.transformer.ln_f(x)).softmax(dim=-1).max(dim=-1)
+        page["lens"] = {"tokens": tokens.tolist(), "probs": probs.tolist()}  # (n_layer + 1, T)
+    data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # </script> does no harm
+    html = (bpe_gpt.DATA / "explore.html").read_text(encoding="utf-8")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(html.replace('id="data">', f'id="data">{data}'))
+    print(f"saved {path}: open it in a browser")
 
 
 def show_shapes(model, ids):
     """A line for each module that has no modules inside, in the order in which they run, but for
     dropout. Attention is a function and has no line: it comes between c_attn and c_proj."""
     names = {module: name for name, module in model.named_modules()}
+    leaves = [m for m in names if not list(m.children()) and not isinstance(m, torch.nn.Dropout)]
     counted = set()  # the parameters so far, since lm_head has the same as wte
-
-    def hook(module, inputs, output):
+    print(f"{'module':28} {'kind':10} {'in':>16} {'out':>16} {'parameters':>12}")
+    for module, x, y in record(model, ids, leaves):
         n_params = sum(p.numel() for p in module.parameters() if p not in counted)
         counted.update(module.parameters())
-        kind = type(module).__name__
-        before = str(list(inputs[0].shape))
-        after = str(list(output.shape))
-        print(f"{names[module]:28} {kind:10} {before:>16} {after:>16} {n_params:12,}")
-
-    print(f"{'module':28} {'kind':10} {'in':>16} {'out':>16} {'parameters':>12}")
-    leaves = [m for m in names if not list(m.children()) and not isinstance(m, torch.nn.Dropout)]
-    forward_with_hooks(model, ids, leaves, hook)
+        shapes = f"{list(x.shape)!s:>16} {list(y.shape)!s:>16}"
+        print(f"{names[module]:28} {type(module).__name__:10} {shapes} {n_params:12,}")
     print(f"{'total':73} {sum(p.numel() for p in model.parameters()):12,}")
 
 
@@ -344,8 +341,8 @@ def show_curves(paths, plot):
             megabytes, train, val = zip(*curve)
             axis.plot(megabytes, val, ".-", label=path)
             axis.plot(megabytes, train, ":", color=axis.lines[-1].get_color())
-        axis.set(xlabel="text read (megabytes)", ylabel="bits per byte", xscale="log")
-        axis.set_title("loss on validation data (solid) and training data (dotted)")
+        axis.set(xlabel="text read (megabytes)", ylabel="bits per byte", xscale="log",
+                 title="loss on validation data (solid) and training data (dotted)")
         axis.legend()
         figure.savefig(plot, dpi=150, bbox_inches="tight")
         print(f"saved {plot}")
@@ -437,6 +434,9 @@ def main():
         return show_probs(model, tokenizer, before + encode(config.probs))
     if config.attention:
         return show_attention(model, tokenizer, encode(config.attention), config)
+    if config.explore:
+        ids = before + encode(config.explore)
+        return explore(model, tokenizer, ids, names[0], config.plot or "explore.html")
     if config.shapes:
         return show_shapes(model, encode(config.shapes))
     device = pick_device("auto")

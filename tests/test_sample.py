@@ -202,7 +202,7 @@ def test_probs_shows_each_token_with_its_probability_and_rank(command, script):
     log_probs = sample.next_log_probs(model, torch.tensor([[*before, *ids[:-1]]]))
     for line, token, row in zip(lines, ids, log_probs.exp(), strict=True):
         name, share, rank, others = re.match(r"('.+?') +([\d.]+)% +(\d+)   (.*)", line).groups()
-        assert name == sample.quote(tokenizer, token), "and no colours but on a terminal"
+        assert name == sample.quote(tokenizer, token)
         assert float(share) == pytest.approx(100 * row[token].item(), abs=0.02)
         assert int(rank) == 1 + (row > row[token]).sum()
         row[token] = 0
@@ -212,15 +212,6 @@ def test_probs_shows_each_token_with_its_probability_and_rank(command, script):
     mean = -log_probs[range(len(ids)), ids].mean().item()
     expected = pytest.approx([len(ids) * mean, mean, math.exp(mean)], rel=2e-3)
     assert [float(n) for n in re.findall(r"[\d.]+", end)] == expected
-
-
-def test_colours_are_for_terminals_and_for_those_who_want_them(command, monkeypatch, capsys):
-    model, tokenizer, _ = load_model("out/char_gpt.pt")
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    for no_color, n in ("", 6), ("1", 0):
-        monkeypatch.setenv("NO_COLOR", no_color)
-        sample.show_probs(model, tokenizer, tokenizer.encode("The sea"))
-        assert capsys.readouterr().out.count("\033[38;5;") == n
 
 
 @GPTS
@@ -334,23 +325,19 @@ def test_a_text_begins_as_texts_do_in_the_training_data(command, changed, monkey
     assert torch.load("out/bpe_gpt.pt", weights_only=True)["text_before"] == "\n"
 
 
-PLOTS = pytest.mark.parametrize(
-    "flags", [["--curve", "out/bigram.pt", "out/char_gpt.pt"],
-              ["out/char_gpt.pt", "--attention", "The sea, the sea"]], ids=["curve", "attention"])
+CURVES = ("--curve", "out/bigram.pt", "out/char_gpt.pt")
 
 
-@PLOTS
-def test_without_matplotlib_one_line_says_so(clone, flags, tmp_path):
+def test_without_matplotlib_one_line_says_so(clone, tmp_path):
     folder = shutil.copytree(clone, tmp_path / "clone")
     (folder / "matplotlib.py").write_text("raise ImportError('No module')")
-    assert "No module" in one_line_error("sample.py", *flags, "--plot", "x.png", cwd=folder)
+    assert "No module" in one_line_error("sample.py", *CURVES, "--plot", "x.png", cwd=folder)
 
 
-@PLOTS
-def test_a_picture_is_written(command, flags, tmp_path):
+def test_a_picture_is_written(command, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: no pictures to test")
     path = tmp_path / "x.png"
-    assert command(*flags, "--plot", path).out.endswith(f"saved {path}\n")
+    assert command(*CURVES, "--plot", path).out.endswith(f"saved {path}\n")
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
