@@ -27,10 +27,9 @@ def test_every_command_has_flags_that_its_script_knows(script):
 
 
 def test_set_up_takes_one_command_for_a_run_and_one_for_the_tests():
-    start = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
-    start += ".venv/bin/python "
+    start = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
     commands = [line.removeprefix(start) for line in LINES if line.startswith(start)]
-    assert commands == ["char_gpt.py", "-m pytest"]
+    assert commands == ["python char_gpt.py", "python -m pytest"]
     assert (ROOT / "requirements.txt").exists()
 
 
