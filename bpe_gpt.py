@@ -645,7 +645,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
             losses = []
             if RANK == 0:
                 save(checkpoint, started, model, optimizers, config.out)
-            report(checkpoint, model, tokenizer, val_data, config)
+                report(checkpoint, model, tokenizer, val_data, config)
 
 
 def show_progress(step, loss, n_tokens, progress, started):
