@@ -559,6 +559,8 @@ def main():
             tokens = [*(bytes([b]) for b in range(256)), bpe_gpt.END_OF_TEXT.encode()]
             model = bpe_gpt.GPT(bpe_gpt.GPTConfig())
             hugging_face.export(model, bpe_gpt.make_tokenizer(tokens), folder)
+            for name in ("vocab.json", "merges.txt"):  # or only the rows of 257 tokens are loaded
+                (Path(folder) / name).unlink()
             if "decode" in wanted:
                 decode(folder)
             if "load" in wanted:
