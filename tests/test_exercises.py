@@ -193,8 +193,8 @@ def test_get_batch_uses_each_stretch_once_in_an_epoch():
         x, _ = batch(step)
         for token in x.flatten().tolist():
             check(token not in used, f"with 1,000 tokens, and 4 x 8 in a batch, an epoch has "
-                  f"{STEPS_PER_EPOCH} steps, but token {token} is in x in step {used.get(token)} "
-                  f"and again in step {step}")
+                  f"{STEPS_PER_EPOCH} steps, and each token comes once; but token {token} is in x "
+                  f"twice, in step {used.get(token)} and in step {step}")
             used[token] = step
 
 
