@@ -9,7 +9,7 @@ text, or on instructions to be answered; and training in several processes.
     python bpe_gpt.py --init gpt2 --instructions data/instructions.json
     torchrun --nproc_per_node=8 bpe_gpt.py                        # on 8 GPUs
 
-On Tiny Shakespeare the small model ends at 2.09 bits per byte of text, in 5 minutes on a CPU.
+On Tiny Shakespeare the small model ends at 2.09 bits per byte of text, in 6 minutes on a CPU.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -80,7 +80,7 @@ SIZES = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1,557,611,200
 }
 SIZE_NAMES = ("vocab_size", "n_layer", "n_head", "n_embd")
-CPU_SETTINGS = dict(  # what a CPU trains unless told otherwise: a smaller model, in 5 minutes
+CPU_SETTINGS = dict(  # what a CPU trains unless told otherwise: a smaller model, in 6 minutes
     vocab_size=2048, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
     total_batch_size=2048, max_iters=2100, eval_interval=300, learning_rate=0.002,
     muon_learning_rate=0.025, weight_decay=0.15)
