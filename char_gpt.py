@@ -4,7 +4,7 @@ bigram.py predicts the next character from the current one alone. Here each pred
 256 characters, and the model learns which of them matter. The data, the generation and the
 evaluation are the same as there; the model and its training are new.
 
-    python char_gpt.py                # a GPU trains the full model, a CPU a small one in 3 minutes
+    python char_gpt.py                # the full model on a GPU, a small one on a CPU, in 3.5 minutes
     python char_gpt.py --full         # the full 6-layer, 384-wide model on a CPU too: 39 minutes
     python char_gpt.py --resume       # continue a run that was stopped
 
@@ -62,7 +62,7 @@ class GPTConfig:
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/char_gpt.pt"  # checkpoint, for sample.py and --resume
 
-# What a CPU trains unless told otherwise: a smaller model, for which 2,100 steps take 3 minutes. It
+# What a CPU trains unless told otherwise: a smaller model, whose 2,100 steps take 3.5 minutes. It
 # is too small to overfit in that time, so that dropout would only slow it down.
 CPU_SETTINGS = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, weight_decay=0.1,
                     max_iters=2100, eval_interval=300)
