@@ -4,7 +4,7 @@ bigram.py predicts the next character from the current one alone. Here each pred
 256 characters, and the model learns which of them matter. The data, the generation and the
 evaluation are the same as there; the model and its training are new.
 
-    python char_gpt.py                # the full model on a GPU, a small one on a CPU, in 3.5 minutes
+    python char_gpt.py                # the full model on a GPU; on a CPU a small one: 3.5 minutes
     python char_gpt.py --full         # the full 6-layer, 384-wide model on a CPU too: 39 minutes
     python char_gpt.py --resume       # continue a run that was stopped
 
