@@ -4,7 +4,7 @@ The model is a table of 65 x 65 scores: row i says how likely each character is 
 i. Everything around the table is what GPT-2 needs too: text turned into integers, batches, a loss,
 gradient descent, validation, sampling. char_gpt.py puts a transformer in the table's place.
 
-    python bigram.py                       # 5 seconds on two CPU cores
+    python bigram.py                       # 4 seconds on two CPU cores
     python bigram.py --data my_text.txt    # any text file in UTF-8
 
 The validation loss says how badly the model predicts text that it has not seen. On Tiny Shakespeare
@@ -76,9 +76,9 @@ def get_batch(data, config, step):
     row of x is a stretch of T = block_size tokens, and the row of y is the same stretch one token
     later: y[b, t] is the token that follows x[b, t]. So every row holds T exercises in prediction.
 
-    Each epoch cuts the data into stretches, shuffles them and uses each once, B at a time. (A rest
-    that does not fill a batch is left out.) It begins at a random offset, to cut in other places
-    than the last. All of this depends only on seed and step, so that a run can be repeated."""
+    An epoch starts at a random offset, so that each one cuts the data in other places. It shuffles
+    the stretches and uses each once, B at a time. (The last few, if they do not fill a batch, are
+    left out.) All of this depends only on seed and step, so that a run can be repeated."""
     B = config.batch_size
     T = config.block_size
     n_stretches = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
@@ -102,7 +102,7 @@ def cross_entropy(logits, targets):
     The logits (B, T, V) are scores, one for each of the V tokens in the vocabulary. Softmax turns
     them into probabilities: exp(score), divided by the sum of all exp(scores). targets: (B, T)."""
     log_probs = logits.log_softmax(dim=-1)  # (B, T, V): the logarithms of these probabilities
-    # At each position, gather() picks one of the V entries, by targets in the shape (B, T, 1).
+    # At each position, gather() picks the target's entry. It needs targets in the shape (B, T, 1).
     log_probs_of_targets = log_probs.gather(-1, targets.unsqueeze(-1))  # (B, T, 1)
     return -log_probs_of_targets.mean()
 
@@ -137,7 +137,7 @@ def count_bigrams(data, vocab_size, add=0):
 
     add=1 adds one to every count. Without it, the probability of a pair that is not in data would
     be 0, and one such pair in the validation text would make the loss infinite."""
-    # The number of the pair (a, b) is its place in the table, if its rows are laid end to end.
+    # The number of the pair (a, b) is its place in the table, with the rows laid end to end.
     pairs = data[:-1] * vocab_size + data[1:]
     counts = torch.bincount(pairs, minlength=vocab_size**2)  # how often each number occurs
     model = BigramLanguageModel(BigramConfig(vocab_size))
@@ -166,7 +166,7 @@ def generate(model, idx, max_new_tokens, choose=sample):
 
 @torch.no_grad()
 def evaluate(model, data, config):
-    """Mean loss over data, cut into stretches of block_size tokens. (A short rest is left out.)"""
+    """Mean loss over data, in stretches of block_size tokens. (A short remainder is left out.)"""
     model.eval()
     T = config.block_size
     n = (len(data) - 1) // T
@@ -181,7 +181,7 @@ def evaluate(model, data, config):
 
 def train(model, train_data, val_data, tokenizer, config, checkpoint):
     """Gradient descent. The gradient says how the loss changes if a parameter is changed a little:
-    move each one a small step against its gradient, and the loss falls. Repeat with new data."""
+    move each one a small step against its gradient, and the loss falls. Then the next batch."""
     losses = []  # of the steps since the last evaluation: their mean is the training loss
     for step in range(config.max_iters):
         x, y = get_batch(train_data, config, step)

@@ -60,12 +60,12 @@ class GPTConfig:
     muon_learning_rate: float = 0.02  # of Muon, for the matrices in the blocks; 0: AdamW for all
     warmup_iters: int = 50  # steps over which the learning rates rise from zero
     weight_decay: float = 0.1  # pulls the matrices towards zero, against overfitting
-    grad_clip: float = 1.0  # greatest length of the gradient, as one long vector; 0: any
+    grad_clip: float = 1.0  # greatest length of the gradient, as one long vector; 0: no limit
     seed: int = 1337  # of the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # of matrix products: float32 or bfloat16
-    compile: bool = sys.platform == "linux"  # use torch.compile on a CUDA GPU
+    compile: bool = sys.platform == "linux"  # use torch.compile on a CUDA GPU (needs Linux)
     resume: bool = False  # continue from the checkpoint, if there is one
     data: str = ""  # text file, or folder of train.bin and val.bin; default: Tiny Shakespeare
     instructions: str = ""  # JSON file of instructions with responses, to learn from instead
@@ -295,7 +295,7 @@ def read_records(path):
                     record[name] = "" if value is None else json.dumps(value, ensure_ascii=False)
         return [record for record in records if record["output"] != ""]
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
-        raise ValueError(f"{path}: no list of records with instruction and output") from None
+        raise ValueError(f"{path} is no list of records with instruction and output") from None
 
 
 def load_instructions(config, tokenizer):
@@ -318,7 +318,7 @@ def load_instructions(config, tokenizer):
 
 def load_tokens(config, tokenizer):
     """Training data (the first 90% of a text), validation data (the rest; with --eval_only, all)
-    and the tokenizer, as above. A folder has GPT-2's tokens: 16-bit integers, of any number."""
+    and the tokenizer, as above. The files of a folder (16-bit integers) may exceed the memory."""
     if os.path.isdir(config.data):
         gpt2 = gpt2_tokenizer()
         same = tokenizer is None or tokenizer.token_byte_values() == gpt2.token_byte_values()

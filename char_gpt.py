@@ -52,12 +52,12 @@ class GPTConfig:
     muon_learning_rate: float = 0.025  # of Muon, for the matrices in the blocks
     warmup_iters: int = 10  # steps over which the learning rates rise from zero
     weight_decay: float = 0.2  # pulls the matrices towards zero, against overfitting
-    grad_clip: float = 1.0  # greatest length of the gradient, as one long vector; 0: any
+    grad_clip: float = 1.0  # greatest length of the gradient, as one long vector; 0: no limit
     seed: int = 1337  # of the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # of matrix products: float32 or bfloat16
-    compile: bool = sys.platform == "linux"  # use torch.compile on a CUDA GPU
+    compile: bool = sys.platform == "linux"  # use torch.compile on a CUDA GPU (needs Linux)
     resume: bool = False  # continue from the checkpoint, if there is one
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/char_gpt.pt"  # checkpoint, for sample.py and --resume
@@ -100,9 +100,9 @@ def get_batch(data, config, step):
     row of x is a stretch of T = block_size tokens, and the row of y is the same stretch one token
     later: y[b, t] is the token that follows x[b, t]. So every row holds T exercises in prediction.
 
-    Each epoch cuts the data into stretches, shuffles them and uses each once, B at a time. (A rest
-    that does not fill a batch is left out.) It begins at a random offset, to cut in other places
-    than the last. All of this depends only on seed and step, so that a run can be repeated."""
+    An epoch starts at a random offset, so that each one cuts the data in other places. It shuffles
+    the stretches and uses each once, B at a time. (The last few, if they do not fill a batch, are
+    left out.) All of this depends only on seed and step, so that a run can be repeated."""
     B = config.batch_size
     T = config.block_size
     n_stretches = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
@@ -331,7 +331,7 @@ def generate(model, idx, max_new_tokens, choose=sample):
 
 @torch.no_grad()
 def evaluate(model, data, config):
-    """Mean loss over data, cut into stretches of block_size tokens. (A short rest is left out.)"""
+    """Mean loss over data, in stretches of block_size tokens. (A short remainder is left out.)"""
     model.eval()
     T = config.block_size
     n = (len(data) - 1) // T
