@@ -53,9 +53,10 @@ def runner():
 
 
 def run(*command, cwd, status=0, fresh=not hasattr(os, "fork"), env=None):
-    """Run `python COMMAND...` in the folder cwd; fresh: in a Python of its own. Returns (standard
-    output, standard error)."""
-    command, env = [str(word) for word in command], {**os.environ, **(env or {})}
+    """Run `python COMMAND...` in the folder cwd, without a CUDA GPU (or each run would compile its
+    model for a minute); fresh: in a Python of its own. Returns (standard output, standard error)."""
+    command = [str(word) for word in command]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})}
     if fresh:
         command = [sys.executable, *command]
         done = subprocess.run(

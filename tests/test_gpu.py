@@ -3,6 +3,7 @@ measures the speed there."""
 
 import pytest
 import torch
+from conftest import run
 
 import bpe_gpt
 import char_gpt
@@ -67,3 +68,41 @@ def test_the_best_weights_are_kept_in_main_memory(script, tmp_path):
     checkpoint = {"history": [(1, 1, 5.0, 5.0)]}
     script.save(checkpoint, 0.0, model, script.make_optimizers(model, config), tmp_path / "x.pt")
     assert {p.device.type for p in checkpoint["model"].values()} == {"cpu"}
+
+
+def test_the_compiled_model_has_the_losses_of_the_other():
+    losses = []
+    for compiled in (False, True):
+        model = build(char_gpt).cuda()
+        config = char_gpt.GPTConfig(warmup_iters=0)
+        optimizers = char_gpt.make_optimizers(model, config)
+        autocast = torch.autocast("cuda", torch.bfloat16)
+        rows = torch.randint(300, (4, 65), generator=torch.Generator().manual_seed(1)).cuda()
+        x, y = rows[:, :-1], rows[:, 1:]
+        forward = torch.compile(model) if compiled else model
+        losses.append([
+            char_gpt.training_step(forward, optimizers, x, y, step, 0.1, config, autocast)
+            for step in range(5)])
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+
+
+@GPTS
+def test_a_run_is_resumed_and_sampled_from_on_the_gpu_and_on_the_cpu(script, clone):
+    name = script.__name__
+    out = f"out/gpu_{name}.pt"
+    on_gpu = {"CUDA_VISIBLE_DEVICES": "0"}
+    settings = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --eval_interval 20 --no-compile"
+    command = [f"{name}.py", "--data", "data/the-glass-harbour.txt", "--out", out]
+    command += settings.split() + (["--vocab_size", "300"] if script is bpe_gpt else [])
+    first, _ = run(*command, "--max_iters", "20", cwd=clone, fresh=True, env=on_gpu)
+    assert "on cuda in torch.bfloat16" in first
+    second, _ = run(
+        *command, "--max_iters", "40", "--resume", cwd=clone, fresh=True, env=on_gpu)
+    assert "from step 20" in second
+    third, _ = run(*command, "--max_iters", "60", "--resume", cwd=clone)
+    assert "on cpu" in third and "from step 40" in third
+    for device, env in (("cuda", on_gpu), ("cpu", {})):
+        for flags in ([], ["--temperature", "0"], ["--beam", "2"]):
+            flags += ["--prompt", "The", "--max_new_tokens", "40"]
+            text, error = run("sample.py", out, *flags, cwd=clone, fresh=True, env=env)
+            assert text.startswith("The") and len(text) > 40 and f"on {device}" in error
