@@ -83,7 +83,7 @@ SIZE_NAMES = ("vocab_size", "n_layer", "n_head", "n_embd")
 CPU_SETTINGS = dict(  # what a CPU trains unless told otherwise: a smaller model, in 6 minutes
     vocab_size=2048, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
     total_batch_size=2048, max_iters=2100, eval_interval=300, learning_rate=0.002,
-    muon_learning_rate=0.025, weight_decay=0.15)
+    muon_learning_rate=0.025, warmup_iters=10, weight_decay=0.15)
 # A few small steps, to forget little; no Muon, whose steps are equally strong in all directions.
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
@@ -191,8 +191,6 @@ class TextData:
     def row(self, start):
         """T inputs from start on, or what is left, and the targets, which come one token later."""
         stretch = torch.from_numpy(self.tokens[start : start + self.T + 1].astype(np.int64))
-        if stretch.max() >= self.config.vocab_size:
-            raise ValueError(f"token {stretch.max()} at {start} or later is not in the vocabulary")
         return stretch[:-1], stretch[1:]
 
     def training_batch(self, step):
@@ -289,10 +287,8 @@ def read_records(path):
         records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         for record in records:
             record.setdefault("input", "")
-            for name in ("instruction", "input", "output"):
-                value = record[name]
-                if not isinstance(value, str):  # a number, say, or null
-                    record[name] = "" if value is None else json.dumps(value, ensure_ascii=False)
+            for name in ("instruction", "input", "output"):  # they may be null, or a number
+                record[name] = "" if record[name] is None else str(record[name])
         return [record for record in records if record["output"] != ""]
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
         raise ValueError(f"{path} is no list of records with instruction and output") from None
@@ -563,17 +559,21 @@ def make_optimizers(model, config):
     """Muon (Jordan et al. 2024) for the matrices in the blocks: it takes the mean gradient of a
     matrix, and gives all directions in it the same strength. For the rest or, if muon_learning_rate
     is 0, for all, AdamW (Adam with weight decay, Loshchilov & Hutter 2019): it moves each number at
-    about the same speed, however large its gradients. Only matrices get weight decay."""
+    about the same speed, however large its gradients. Gains and biases get no weight decay."""
     matrices = []
-    others = []
+    embeddings = []
+    gains_and_biases = []
     for name, p in model.named_parameters():
-        if name.startswith("transformer.h.") and p.dim() == 2:
+        if p.dim() == 1:
+            gains_and_biases.append(p)
+        elif name.startswith("transformer.h."):
             matrices.append(p)
         else:
-            others.append(p)
-    adam = torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=0.0)
+            embeddings.append(p)
+    adam = torch.optim.AdamW(embeddings, lr=config.learning_rate, weight_decay=config.weight_decay)
+    adam.add_param_group(dict(params=gains_and_biases, weight_decay=0.0))
     if config.muon_learning_rate == 0:
-        adam.add_param_group(dict(params=matrices, weight_decay=config.weight_decay))
+        adam.add_param_group(dict(params=matrices))
         return (adam,)
     muon = torch.optim.Muon(
         matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay, ns_steps=4)
@@ -584,9 +584,9 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
     """One step of gradient descent; returns the loss. progress: the fraction of the run so far. The
     gradients of several batches add up (gradient accumulation): memory holds only one at a time."""
     # The learning rates rise while the optimizers' means are not yet reliable, and then fall to
-    # zero along half a cosine wave: large steps to get near a minimum, small ones to settle in it.
+    # zero in a straight line: large steps to get near a minimum, small ones to settle in it.
     warmup = (step + 1) / (config.warmup_iters + 1)
-    decay = (1 + math.cos(math.pi * progress)) / 2
+    decay = 1 - progress
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = min(warmup, decay) * optimizer.defaults["lr"]  # the rate it was given

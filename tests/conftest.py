@@ -52,11 +52,17 @@ def runner():
     )
 
 
+def without_gpu(**more):
+    """The environment of a run that is to find no CUDA GPU. (Where it finds one, it compiles its
+    model for a minute, and adds up in another order.)"""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", **more}
+
+
 def run(*command, cwd, status=0, fresh=not hasattr(os, "fork"), env=None):
-    """Run `python COMMAND...` in the folder cwd, without a CUDA GPU (or each run would compile its
-    model for a minute); fresh: in a Python of its own. Returns (standard output, standard error)."""
+    """Run `python COMMAND...` in the folder cwd, without a GPU unless env says otherwise; fresh: in
+    a Python of its own. Returns (standard output, standard error)."""
     command = [str(word) for word in command]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    env = without_gpu(**(env or {}))
     if fresh:
         command = [sys.executable, *command]
         done = subprocess.run(

@@ -146,7 +146,7 @@ MISTAKES = {
         "no decay": ("min(warmup, decay)", "min(warmup, 1)"),
         "a product": ("min(warmup, decay)", "warmup * decay"),
         "warmup begins at 0": ("(step + 1) /", "step /"),
-        "a line, not a cosine": ("(1 + math.cos(math.pi * progress)) / 2", "1 - progress"),
+        "a cosine, not a line": ("1 - progress", "(1 + math.cos(math.pi * progress)) / 2"),
         "rates multiply from step to step": ('optimizer.defaults["lr"]', 'group["lr"]'),
         "gradients add up": ("model.zero_grad()", "pass"),
         "no clipping": (

@@ -193,12 +193,12 @@ def test_records_without_an_output_are_skipped(tmp_path):
 
 
 def test_an_input_may_be_null_and_an_answer_no_text(tmp_path):
-    """It is written as in JSON; the answers 0 and false are answers."""
+    """It is written as in Python; the answers 0 and false are answers."""
     outputs = [3, 0, -1.5, True, False, ["ä", 1], None]
     records = [{"instruction": "x", "input": None, "output": output} for output in outputs]
     (tmp_path / "x.json").write_text(json.dumps(records), encoding="utf-8-sig")  # as Windows does
     expected = [{"instruction": "x", "input": "", "output": text}
-                for text in ("3", "0", "-1.5", "true", "false", '["ä", 1]')]
+                for text in ("3", "0", "-1.5", "True", "False", "['ä', 1]")]
     assert read_records(tmp_path / "x.json") == expected
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PLAY, ROOT, run
+from conftest import PLAY, ROOT, run, without_gpu
 
 import bpe_gpt
 
@@ -48,6 +48,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(folder):
         subprocess.Popen(
             [*harness, *what.split(), *flags.split()],
             cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+            env=without_gpu(),
         )
         for what, flags in runs
     ]:
@@ -90,7 +91,7 @@ def torchrun(n, *flags, cwd, restarts=0):
     command += [f"--max-restarts={restarts}", str(ROOT / "bpe_gpt.py"), *flags]
     return subprocess.Popen(
         [sys.executable, *command], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"},
+        encoding="utf-8", env=without_gpu(OMP_NUM_THREADS="1"),
     )
 
 
