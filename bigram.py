@@ -39,7 +39,7 @@ class BigramConfig:
     max_iters: int = 1000  # steps of gradient descent
     eval_interval: int = 250  # steps between evaluations
     learning_rate: float = 200.0  # size of the first steps; it falls linearly to zero
-    seed: int = 1337  # of the random numbers: on a CPU, the same seed gives the same run
+    seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/bigram.pt"  # checkpoint, for sample.py
 
@@ -76,7 +76,7 @@ def get_batch(data, config, step):
     row of x is a stretch of T = block_size tokens, and the row of y is the same stretch one token
     later: y[b, t] is the token that follows x[b, t]. So every row holds T exercises in prediction.
 
-    An epoch starts at a random offset, so that each one cuts the data in other places. It shuffles
+    An epoch starts at a random offset, so that each one cuts the data differently. It shuffles
     the stretches and uses each once, B at a time. (The last few, if they do not fill a batch, are
     left out.) All of this depends only on seed and step, so that a run can be repeated."""
     B = config.batch_size
@@ -100,7 +100,7 @@ def cross_entropy(logits, targets):
     of 0; one that guesses uniformly among 65 characters has -ln(1/65) = ln(65) = 4.17.
 
     The logits (B, T, V) are scores, one for each of the V tokens in the vocabulary. Softmax turns
-    them into probabilities: exp(score), divided by the sum of all exp(scores). targets: (B, T)."""
+    them into probabilities: exp(score), divided by the sum of all exp(score). targets is (B, T)."""
     log_probs = logits.log_softmax(dim=-1)  # (B, T, V): the logarithms of these probabilities
     # At each position, gather() picks the target's entry. It needs targets in the shape (B, T, 1).
     log_probs_of_targets = log_probs.gather(-1, targets.unsqueeze(-1))  # (B, T, 1)
@@ -132,8 +132,8 @@ def count_bigrams(data, vocab_size, add=0):
     exp(ln(count)) is the count, and it is divided by the sum of all counts in its row.
 
     No table has a lower loss on this data. For row i, the gradient of the loss is proportional to
-    softmax(row i) minus these frequencies. It is zero when they are equal, and since the loss is a
-    convex function, that is its minimum. A better model has to look further back.
+    softmax(row i) minus these frequencies. It is zero when they are equal, and since the loss is
+    convex (shaped like a bowl), that is its minimum. A better model has to look further back.
 
     add=1 adds one to every count. Without it, the probability of a pair that is not in data would
     be 0, and one such pair in the validation text would make the loss infinite."""
@@ -192,7 +192,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint):
         loss.backward()
         # Large steps to get near the minimum, then ever smaller ones to settle in it. (A rate of
         # 200 is unusually high: few of the 8,192 characters in a batch use any one row of the
-        # table, so its gradient is tiny. Adam, in char_gpt.py, has a rate for each parameter.)
+        # table, so its gradient is tiny. Adam, in char_gpt.py, scales each parameter's steps.)
         learning_rate = config.learning_rate * (1 - step / config.max_iters)
         with torch.no_grad():  # the update is no part of the loss, and need not be recorded
             for p in model.parameters():
@@ -221,7 +221,7 @@ def report(checkpoint, model, tokenizer, config):
 
 # ---- Files and flags ----------------------------------------------------------------------------
 
-# Nothing below is about language models. Skip it when you read this for the first time.
+# The rest is not about language models. At the first reading, skip to main(), which runs it all.
 
 DATA = Path(__file__).resolve().parent / "data"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -241,7 +241,7 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() makes this of any other: a full disk, Ctrl-C
+    except RuntimeError as error:  # torch.save() turns others into it: full disk, Ctrl-C
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ text, or on instructions to be answered; and training in several processes.
     python bpe_gpt.py --init gpt2 --instructions data/instructions.json
     torchrun --nproc_per_node=8 bpe_gpt.py                        # on 8 GPUs
 
-On Tiny Shakespeare the small model ends at 2.09 bits per byte of text, in 6 minutes on a CPU.
+On Tiny Shakespeare the small model ends at 2.05 bits per byte of text, in 5.5 minutes on a CPU.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -52,7 +52,7 @@ class GPTConfig:
     block_size: int = 1024  # context: how many tokens the model can look at
     dropout: float = 0.1  # fraction of the numbers inside the model that training sets to zero
     init: str = ""  # fine-tune gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder or a checkpoint
-    batch_size: int = 16  # sequences that go through the model at once, as memory allows
+    batch_size: int = 16  # sequences that go through the model at once: lower it to save memory
     total_batch_size: int = 16384  # tokens per step
     max_iters: int = 400  # steps of gradient descent
     eval_interval: int = 50  # steps between evaluations
@@ -61,7 +61,7 @@ class GPTConfig:
     warmup_iters: int = 50  # steps over which the learning rates rise from zero
     weight_decay: float = 0.1  # pulls the matrices towards zero, against overfitting
     grad_clip: float = 1.0  # greatest length of the gradient, as one long vector; 0: no limit
-    seed: int = 1337  # of the random numbers: on a CPU, the same seed gives the same run
+    seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # of matrix products: float32 or bfloat16
@@ -80,11 +80,11 @@ SIZES = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1,557,611,200
 }
 SIZE_NAMES = ("vocab_size", "n_layer", "n_head", "n_embd")
-CPU_SETTINGS = dict(  # what a CPU trains unless told otherwise: a smaller model, in 6 minutes
+CPU_SETTINGS = dict(  # what a CPU trains unless told otherwise: a smaller model, in 5.5 minutes
     vocab_size=2048, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
     total_batch_size=2048, max_iters=2100, eval_interval=300, learning_rate=0.002,
     muon_learning_rate=0.025, warmup_iters=10, weight_decay=0.15)
-# A few small steps, to forget little; no Muon, whose steps are equally strong in all directions.
+# Few and small steps, so that the model forgets little. Muon would change all directions equally.
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
     muon_learning_rate=0.0, warmup_iters=5)
@@ -171,8 +171,8 @@ def gpt2_tokenizer():
 # ---- Data ---------------------------------------------------------------------------------------
 
 # For texts and instructions alike, training_batch() returns the inputs x and targets y of one step,
-# which depend only on the seed and the step, and evaluation_batches() yields all of the data, in
-# batches of batch_size rows. PyTorch's cross_entropy() leaves targets of -100 out of the loss.
+# which depend only on the seed and the step. evaluation_batches() yields the data (of a large text
+# a sample) in batches of batch_size rows. PyTorch's cross_entropy() leaves out targets of -100.
 
 class TextData:
     """An array of tokens, cut into stretches of block_size tokens, or fewer if it is shorter."""
@@ -194,7 +194,7 @@ class TextData:
         return stretch[:-1], stretch[1:]
 
     def training_batch(self, step):
-        """Every epoch cuts the text at other places, beginning at another offset."""
+        """Every epoch cuts the text in different places, beginning at another offset."""
         n_stretches = max(1, (len(self.tokens) - 1) // self.T - 1)
         epoch, chosen = pick_rows(n_stretches, step, self.config)
         rng = np.random.default_rng((self.config.seed, epoch))
@@ -244,8 +244,8 @@ def shuffled(n_rows, seed, epoch):
 
 
 def make_batch(rows):
-    """Rows (x, y) as one batch. Shorter ones are padded at the end, where no other token sees the
-    inputs, because of the causal mask, and where targets of -100 do not count."""
+    """Rows (x, y) as one batch. Shorter ones are padded at the end: the causal mask hides these
+    inputs from all tokens before them, and these targets, -100, do not count."""
     xs, ys = zip(*rows)
     pad = nn.utils.rnn.pad_sequence
     return pad(xs, batch_first=True), pad(ys, batch_first=True, padding_value=-100)
@@ -291,7 +291,7 @@ def read_records(path):
                 record[name] = "" if record[name] is None else str(record[name])
         return [record for record in records if record["output"] != ""]
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
-        raise ValueError(f"{path} is no list of records with instruction and output") from None
+        raise ValueError(f"{path} is not a list of records with instruction and output") from None
 
 
 def load_instructions(config, tokenizer):
@@ -314,7 +314,7 @@ def load_instructions(config, tokenizer):
 
 def load_tokens(config, tokenizer):
     """Training data (the first 90% of a text), validation data (the rest; with --eval_only, all)
-    and the tokenizer, as above. The files of a folder (16-bit integers) may exceed the memory."""
+    and the tokenizer, as above. A folder's files (16-bit integers) can exceed the memory."""
     if os.path.isdir(config.data):
         gpt2 = gpt2_tokenizer()
         same = tokenizer is None or tokenizer.token_byte_values() == gpt2.token_byte_values()
@@ -425,8 +425,8 @@ class Block(nn.Module):
     that runs through all blocks, the residual stream, from which they read and to which they write.
 
     This is what makes deep models trainable (He et al. 2015). The derivative of x + f(x) is
-    1 + f'(x), and through the 1 the gradient reaches every block undiminished. Layer norm applies
-    to what attention and MLP read, not to the stream: it would rescale the gradient every time."""
+    1 + f'(x), and through the 1 the gradient reaches every block undiminished. Layer norm is
+    only for what attention and MLP read. On the stream, it would rescale the gradient each time."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -447,7 +447,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.context_size = config.block_size
-        self.text_before = "\n"  # what comes before a text in the training data: see sample.py
+        self.text_before = "\n"  # what came before texts in training, put before prompts
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
@@ -455,7 +455,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd),  # f for final; the sum of all results can be large
         })
-        # From vectors to scores. No bias is needed: ln_f adds one to every x, before this matrix.
+        # From vectors to scores. No bias is needed here: ln_f has already added its own to every x.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
@@ -465,14 +465,14 @@ class GPT(nn.Module):
 
     def initialize(self, config):
         """Random weights, since equal rows of a layer's matrix would get equal gradients and stay
-        equal. Small ones (0.02 is GPT-2's choice): small scores are almost a uniform guess."""
+        equal. Small ones (GPT-2's choice is 0.02) give small scores, almost a uniform guess."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
             # 2 * n_layer results are added to the residual stream, and the variance of a sum grows
-            # with the number of its terms. Scaled down, it starts out the same at any depth.
+            # with the number of its terms. This makes it start out the same at any depth.
             if name.endswith("c_proj.weight"):
                 p.data /= math.sqrt(2 * config.n_layer)
 
@@ -518,7 +518,7 @@ def generate(model, idx, max_new_tokens, choose=sample):
     each new column (B, 1) as soon as it is chosen.
 
     The model reads idx once, then only new tokens. A full context becomes a window that moves on
-    with each new token. All positions in it change, so that it is read again, into new caches."""
+    with each new token. All positions in it change, so it is read again, into new caches."""
     model.eval()  # not for training: turns off dropout, in models that have it
     caches = []
     for _ in range(max_new_tokens):
@@ -557,9 +557,9 @@ def evaluate(model, data):
 
 def make_optimizers(model, config):
     """Muon (Jordan et al. 2024) for the matrices in the blocks: it takes the mean gradient of a
-    matrix, and gives all directions in it the same strength. For the rest or, if muon_learning_rate
-    is 0, for all, AdamW (Adam with weight decay, Loshchilov & Hutter 2019): it moves each number at
-    about the same speed, however large its gradients. Gains and biases get no weight decay."""
+    matrix, and gives all directions in it the same strength. AdamW (Adam with weight decay,
+    Loshchilov & Hutter 2019) for the rest, or for all if muon_learning_rate is 0: it moves each
+    number at about the same speed, however large its gradients. Gains and biases do not decay."""
     matrices = []
     embeddings = []
     gains_and_biases = []
@@ -591,7 +591,7 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
         for group in optimizer.param_groups:
             group["lr"] = min(warmup, decay) * optimizer.defaults["lr"]  # the rate it was given
     # Dropout sets some numbers inside the model to zero, at random, so that it cannot rely on any
-    # of them and overfits less. train() turns it on, eval() off. Seed and step decide which.
+    # of them and overfits less. (On: model.train(). Off: model.eval().) Seed and step decide which.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()
     model.zero_grad()
@@ -610,7 +610,7 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
     if N_PROCESSES > 1:
         for tensor in [total_loss, *(p.grad for p in model.parameters())]:
             dist.all_reduce(tensor)  # the sum over all processes, in place
-    # Gradient clipping: one unusual batch must not distort the optimizers' running means.
+    # Gradient clipping shortens it if it is too long: one unusual batch must not distort the means.
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
         raise ValueError(f"infinite gradient in step {step + 1}: try lower learning rates")
@@ -695,7 +695,7 @@ def bytes_per_token(data, vocab):
 
 
 def describe(loss, bytes_per_token):
-    """Also as perplexity (a uniform guess among that many tokens has the same loss) and in bits per
+    """Adds the perplexity (a uniform guess among that many tokens has the same loss) and bits per
     byte, to compare vocabularies: longer tokens are harder to guess, but there are fewer."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits/byte)"
@@ -716,7 +716,7 @@ def report(checkpoint, model, tokenizer, val_data, config):
 
 # ---- Published weights --------------------------------------------------------------------------
 
-# This part reads files, and can be skipped. Parameters have the names that they have here. Three
+# This part reads files, and can be skipped. The files name the parameters as we do here. Three
 # kinds are transposed: OpenAI's layers compute x @ weight, nn.Linear computes x @ weight.T.
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
@@ -738,7 +738,7 @@ def find_weights(name):
         path.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)  # seconds to wait for an answer
         try:
-            torch.hub.download_url_to_file(url, str(path), sha256)  # checks what it has received
+            torch.hub.download_url_to_file(url, str(path), sha256)  # checks sha256, if it is known
         except Exception as error:  # there are many ways in which a download can fail
             raise OSError(f"cannot download {url}: {error}") from None
     return path
@@ -808,7 +808,7 @@ def read_safetensors(path):
 
 # ---- Files and flags ----------------------------------------------------------------------------
 
-# Nothing below is about language models. Skip it when you read this for the first time.
+# The rest is not about language models. At the first reading, skip to main(), which runs it all.
 
 DATA = Path(__file__).resolve().parent / "data"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -828,7 +828,7 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() makes this of any other: a full disk, Ctrl-C
+    except RuntimeError as error:  # torch.save() turns others into it: full disk, Ctrl-C
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
@@ -938,7 +938,7 @@ def new_or_trained(flags, device):
         model, tokenizer = load_pretrained(name, settings, flags)
         return model.config, checkpoint, model, find_tokenizer(model, tokenizer)
     if small:
-        print("training a small model, since there is no CUDA GPU; --full trains GPT-2 124M")
+        print("training a small model, as on anything but a CUDA GPU; --full trains GPT-2 124M")
     config = GPTConfig(**settings | flags)
     tokenizer = gpt2_tokenizer() if config.vocab_size == GPTConfig.vocab_size else None
     return config, checkpoint, None, tokenizer

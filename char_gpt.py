@@ -5,10 +5,10 @@ bigram.py predicts the next character from the current one alone. Here each pred
 evaluation are the same as there; the model and its training are new.
 
     python char_gpt.py                # the full model on a GPU; on a CPU a small one: 3.5 minutes
-    python char_gpt.py --full         # the full 6-layer, 384-wide model on a CPU too: 39 minutes
+    python char_gpt.py --full         # the full 6-layer, 384-wide model on a CPU too: 31 minutes
     python char_gpt.py --resume       # continue a run that was stopped
 
-On Tiny Shakespeare the validation loss falls from 4.2 to 1.48 (small) or 1.44 (full). bpe_gpt.py,
+On Tiny Shakespeare the validation loss falls from 4.2 to 1.48 (small) or 1.42 (full). bpe_gpt.py,
 which comes next, is the same model at the size of GPT-2, on parts of words instead of characters.
 """
 # /// script
@@ -53,7 +53,7 @@ class GPTConfig:
     warmup_iters: int = 10  # steps over which the learning rates rise from zero
     weight_decay: float = 0.3  # pulls the matrices towards zero, against overfitting
     grad_clip: float = 1.0  # greatest length of the gradient, as one long vector; 0: no limit
-    seed: int = 1337  # of the random numbers: on a CPU, the same seed gives the same run
+    seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # of matrix products: float32 or bfloat16
@@ -100,7 +100,7 @@ def get_batch(data, config, step):
     row of x is a stretch of T = block_size tokens, and the row of y is the same stretch one token
     later: y[b, t] is the token that follows x[b, t]. So every row holds T exercises in prediction.
 
-    An epoch starts at a random offset, so that each one cuts the data in other places. It shuffles
+    An epoch starts at a random offset, so that each one cuts the data differently. It shuffles
     the stretches and uses each once, B at a time. (The last few, if they do not fill a batch, are
     left out.) All of this depends only on seed and step, so that a run can be repeated."""
     B = config.batch_size
@@ -123,7 +123,7 @@ def get_batch(data, config, step):
 class LayerNorm(nn.Module):
     """Shifts and scales the vector of each token to mean 0 and variance 1, however large it was.
     Then each of the C numbers is multiplied by a learned gain (weight) and a learned bias is added.
-    So the next layer always gets numbers of about the same scale, and one that was learned for it.
+    So the next layer always gets numbers of about the same scale, which is learned for that layer.
     Ba, Kiros & Hinton 2016."""
     def __init__(self, config):
         super().__init__()
@@ -142,7 +142,7 @@ class LayerNorm(nn.Module):
 
 class GELU(nn.Module):
     """The activation function: a smooth version of max(0, x). It stands between two multiplications
-    by a matrix, which without it would equal a single one. It is x * P(Z <= x), with Z a standard
+    by a matrix; without it, they would equal a single one. It is x * P(Z <= x), with Z a standard
     normal variable; the constants make tanh a close approximation. Hendrycks & Gimpel 2016."""
     def __init__(self, config):
         super().__init__()
@@ -232,8 +232,8 @@ class Block(nn.Module):
     that runs through all blocks, the residual stream, from which they read and to which they write.
 
     This is what makes deep models trainable (He et al. 2015). The derivative of x + f(x) is
-    1 + f'(x), and through the 1 the gradient reaches every block undiminished. Layer norm applies
-    to what attention and MLP read, not to the stream: it would rescale the gradient every time."""
+    1 + f'(x), and through the 1 the gradient reaches every block undiminished. Layer norm is
+    only for what attention and MLP read. On the stream, it would rescale the gradient each time."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config)
@@ -260,7 +260,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": LayerNorm(config),  # f for final; the sum of all results can be large
         })
-        # From vectors to scores. No bias is needed: ln_f adds one to every x, before this matrix.
+        # From vectors to scores. No bias is needed here: ln_f has already added its own to every x.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
@@ -270,14 +270,14 @@ class GPT(nn.Module):
 
     def initialize(self, config):
         """Random weights, since equal rows of a layer's matrix would get equal gradients and stay
-        equal. Small ones (0.02 is GPT-2's choice): small scores are almost a uniform guess."""
+        equal. Small ones (GPT-2's choice is 0.02) give small scores, almost a uniform guess."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
             # 2 * n_layer results are added to the residual stream, and the variance of a sum grows
-            # with the number of its terms. Scaled down, it starts out the same at any depth.
+            # with the number of its terms. This makes it start out the same at any depth.
             if name.endswith("c_proj.weight"):
                 p.data /= math.sqrt(2 * config.n_layer)
 
@@ -302,12 +302,12 @@ class GPT(nn.Module):
 # What it costs. Parameters: a block has 12 C^2, 3 C^2 of them for queries, keys and values, C^2 for
 # c_proj and 8 C^2 for the MLP. At C = 384, six blocks have 10.62 of the 10.77 million.
 # Operations: to predict, the vector of each token is multiplied by every matrix: a multiplication
-# and an addition, 2 operations, per parameter. Training takes 6, since loss.backward() finds two
+# and an addition, 2 operations, per parameter. Training takes 2 + 4, since backward() computes two
 # gradients for each of these products, that of the vector and that of the matrix. Attention also
 # compares every token with up to T others and takes a mean of as many values, in about 4 T C
 # operations per token and block: at T = 256, a tenth of the rest.
-# Memory: 4 bytes for each parameter, its gradient and one or two means of its gradients (see
-# make_optimizers), and for the activations: all numbers between input and loss.
+# Memory: 4 bytes each for every parameter, its gradient and the one or two means that the optimizer
+# keeps (see make_optimizers), and for the activations: all numbers between input and loss.
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -356,8 +356,8 @@ def make_optimizers(model, config):
     ones (the singular value decomposition). Each of these turns one direction of the input into one
     direction of the output, with a certain strength, its singular value. In the gradient of a
     matrix, a few strengths are large, and the others can be hundreds of times smaller. From the
-    running mean of the gradients, Muon makes, in ns_steps rounds, a matrix with the same directions
-    and strengths of about 1. So the model also learns what the few strong ones would hide.
+    running mean of the gradients, Muon makes a matrix with the same directions and strengths of
+    about 1, in ns_steps rounds of products. So the model also learns what the few strong ones hide.
 
     Muon is for the matrices in the blocks. Gains and biases are not matrices, and in an embedding
     each row belongs to a token of its own, whose gradient should not be mixed with those of others:
@@ -386,7 +386,7 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
         for group in optimizer.param_groups:
             group["lr"] = min(warmup, decay) * optimizer.defaults["lr"]  # the rate it was given
     # Dropout sets some numbers inside the model to zero, at random, so that it cannot rely on any
-    # of them and overfits less. train() turns it on, eval() off. Seed and step decide which.
+    # of them and overfits less. (On: model.train(). Off: model.eval().) Seed and step decide which.
     torch.manual_seed(config.seed * 1_000_003 + step)  # another number for each seed and step
     model.train()
     # Mixed precision: matrix products in bfloat16 where that is faster. It has float32's range, but
@@ -395,7 +395,7 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
         _, loss = model(x, y)
     model.zero_grad()
     loss.backward()
-    # Gradient clipping: one unusual batch must not distort the optimizers' running means.
+    # Gradient clipping shortens it if it is too long: one unusual batch must not distort the means.
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
         raise ValueError(f"infinite gradient in step {step + 1}: try lower learning rates")
@@ -481,7 +481,7 @@ def report(checkpoint, model, tokenizer, config):
 
 # ---- Files and flags ----------------------------------------------------------------------------
 
-# Nothing below is about language models. Skip it when you read this for the first time.
+# The rest is not about language models. At the first reading, skip to main(), which runs it all.
 
 DATA = Path(__file__).resolve().parent / "data"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -501,7 +501,7 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() makes this of any other: a full disk, Ctrl-C
+    except RuntimeError as error:  # torch.save() turns others into it: full disk, Ctrl-C
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
@@ -586,7 +586,7 @@ def main():
         config = GPTConfig(**settings | flags)  # of two dicts, the second wins
     elif pick_device(config.device).type == "cpu" and not config.full:
         config = GPTConfig(**CPU_SETTINGS | flags)
-        print("training a small model, since there is no GPU; --full trains the full one")
+        print("training a small model, as on any CPU; --full trains the full one")
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)

@@ -61,7 +61,7 @@ class SampleConfig:
     stop: str = ""  # end a text before these characters
     ignore_end: bool = False  # continue even after the model's end-of-text token
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 for a large model, if it is fast here
-    seed: int = 1337  # of the random numbers: the same seed gives the same text
+    seed: int = 1337  # for the random numbers: the same seed gives the same text
     probs: str = ""  # show the probability of every token in this text
     attention: str = ""  # show which tokens of this text attend to which
     layer: int = 0  # the layer to show with --attention

@@ -202,7 +202,7 @@ def test_an_input_may_be_null_and_an_answer_no_text(tmp_path):
     assert read_records(tmp_path / "x.json") == expected
 
 
-NEEDED = "x.json is no list of records with instruction and output"
+NEEDED = "x.json is not a list of records with instruction and output"
 
 
 @pytest.mark.parametrize("content, clue", [
