@@ -591,7 +591,7 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
         for group in optimizer.param_groups:
             group["lr"] = min(warmup, decay) * optimizer.defaults["lr"]  # the rate it was given
     # Dropout sets some numbers inside the model to zero, at random, so that it cannot rely on any
-    # of them and overfits less. (On: model.train(). Off: model.eval().) Seed and step decide which.
+    # of them and overfits less. PyTorch's train() turns it on, eval() off. Seed and step say which.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()
     model.zero_grad()
@@ -610,7 +610,7 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
     if N_PROCESSES > 1:
         for tensor in [total_loss, *(p.grad for p in model.parameters())]:
             dist.all_reduce(tensor)  # the sum over all processes, in place
-    # Gradient clipping shortens it if it is too long: one unusual batch must not distort the means.
+    # Gradient clipping shortens long gradients: one unusual batch must not distort the means.
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
         raise ValueError(f"infinite gradient in step {step + 1}: try lower learning rates")

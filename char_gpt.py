@@ -386,7 +386,7 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
         for group in optimizer.param_groups:
             group["lr"] = min(warmup, decay) * optimizer.defaults["lr"]  # the rate it was given
     # Dropout sets some numbers inside the model to zero, at random, so that it cannot rely on any
-    # of them and overfits less. (On: model.train(). Off: model.eval().) Seed and step decide which.
+    # of them and overfits less. PyTorch's train() turns it on, eval() off. Seed and step say which.
     torch.manual_seed(config.seed * 1_000_003 + step)  # another number for each seed and step
     model.train()
     # Mixed precision: matrix products in bfloat16 where that is faster. It has float32's range, but
@@ -395,7 +395,7 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
         _, loss = model(x, y)
     model.zero_grad()
     loss.backward()
-    # Gradient clipping shortens it if it is too long: one unusual batch must not distort the means.
+    # Gradient clipping shortens long gradients: one unusual batch must not distort the means.
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
         raise ValueError(f"infinite gradient in step {step + 1}: try lower learning rates")

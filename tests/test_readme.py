@@ -34,8 +34,10 @@ def test_set_up_takes_one_command_for_a_run_and_one_for_the_tests():
 
 
 def test_files_and_line_counts_are_as_the_readme_says():
+    headings = re.findall(r"^#+ (.*)$", README, re.M)
+    places = ["#" + heading.lower().replace(" ", "-") for heading in headings]
     for link in re.findall(r"\]\(([^):]+)\)", README):
-        assert (ROOT / link).exists(), link
+        assert link in places or (ROOT / link).exists(), link
     rows = re.findall(r"^\| \[`(\w+\.py)`\]\(\w+\.py\) \| (\d+) \| (\d*)", README, re.M)
     before = []
     for script, count, new in rows:

@@ -350,7 +350,7 @@ def test_the_newest_model_speaks_and_the_same_seed_gives_the_same_text(command, 
     flags = ("--prompt", "ISAURA:\n", "--max_new_tokens", "100", "--ignore_end")
     text, notes = command(*flags)
     assert text.startswith("ISAURA:\n") and len(text) >= len("ISAURA:\n") + 100
-    assert f"out/{script}.pt" in notes and sum(c in " etaoin" for c in text) > 35
+    assert f"out/{script}.pt" in notes and sum(c in " etaoin" for c in text) > 25
     assert command(f"out/{script}.pt", *flags, "--seed", "1337").out == text
     assert command(f"out/{script}.pt", *flags, "--seed", "2").out != text
 

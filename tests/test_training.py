@@ -527,7 +527,7 @@ def test_300_steps_reach_the_loss_that_they_are_known_to_reach(script, train):
     flags += "--eval_interval 300 --dtype float32 --data " + str(PLAY)
     own = {char_gpt: " --batch_size 16", bpe_gpt: " --vocab_size 300 --total_batch_size 512"}
     checkpoint = train(script, "x.pt", flags + own[script])
-    known = {char_gpt: 1.865, bpe_gpt: 2.801}
+    known = {char_gpt: 1.834, bpe_gpt: 2.756}
     assert checkpoint["history"][0][3] == pytest.approx(known[script], abs=0.03)
 
 
