@@ -241,7 +241,7 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() turns others into it: full disk, Ctrl-C
+    except RuntimeError as error:  # torch.save() turns any error into this: full disk, Ctrl-C
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)

@@ -59,10 +59,10 @@ class GPTConfig:
     learning_rate: float = 0.001  # of AdamW, for embeddings, gains and biases
     muon_learning_rate: float = 0.02  # of Muon, for the matrices in the blocks; 0: AdamW for all
     warmup_iters: int = 50  # steps over which the learning rates rise from zero
-    weight_decay: float = 0.1  # pulls the matrices towards zero, against overfitting
+    weight_decay: float = 0.1  # pulls matrices and embeddings towards zero, against overfitting
     grad_clip: float = 1.0  # greatest length of the gradient, as one long vector; 0: no limit
     seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
-    full: bool = False  # train the full model on a CPU, too
+    full: bool = False  # train the full model without a CUDA GPU, too
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # of matrix products: float32 or bfloat16
     compile: bool = sys.platform == "linux"  # use torch.compile on a CUDA GPU (needs Linux)
@@ -447,7 +447,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.context_size = config.block_size
-        self.text_before = "\n"  # what came before texts in training, put before prompts
+        self.text_before = "\n"  # what came before each text in training; put before prompts
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
@@ -472,7 +472,7 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
             # 2 * n_layer results are added to the residual stream, and the variance of a sum grows
-            # with the number of its terms. This makes it start out the same at any depth.
+            # with the number of its terms. This division makes it start out the same at any depth.
             if name.endswith("c_proj.weight"):
                 p.data /= math.sqrt(2 * config.n_layer)
 
@@ -556,9 +556,9 @@ def evaluate(model, data):
 
 
 def make_optimizers(model, config):
-    """Muon (Jordan et al. 2024) for the matrices in the blocks: it takes the mean gradient of a
+    """Muon (Jordan et al. 2024) is for the matrices in the blocks: it takes the mean gradient of a
     matrix, and gives all directions in it the same strength. AdamW (Adam with weight decay,
-    Loshchilov & Hutter 2019) for the rest, or for all if muon_learning_rate is 0: it moves each
+    Loshchilov & Hutter 2019) is for the rest, or for all if muon_learning_rate is 0: it moves each
     number at about the same speed, however large its gradients. Gains and biases do not decay."""
     matrices = []
     embeddings = []
@@ -610,7 +610,7 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
     if N_PROCESSES > 1:
         for tensor in [total_loss, *(p.grad for p in model.parameters())]:
             dist.all_reduce(tensor)  # the sum over all processes, in place
-    # Gradient clipping shortens long gradients: one unusual batch must not distort the means.
+    # Gradient clipping shortens long ones: an unusual batch must not distort the optimizers' means.
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
         raise ValueError(f"infinite gradient in step {step + 1}: try lower learning rates")
@@ -828,7 +828,7 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() turns others into it: full disk, Ctrl-C
+    except RuntimeError as error:  # torch.save() turns any error into this: full disk, Ctrl-C
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)

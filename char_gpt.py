@@ -63,7 +63,7 @@ class GPTConfig:
     out: str = "out/char_gpt.pt"  # checkpoint, for sample.py and --resume
 
 # What a CPU trains unless told otherwise: a smaller model, in 3.5 minutes. It overfits less, and so
-# needs less weight decay. (GPT-2 had dropout, too. Here it would only do harm: see README.md.)
+# needs less weight decay. (GPT-2 had dropout, too. Here it makes the loss higher: see README.md.)
 CPU_SETTINGS = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, weight_decay=0.1,
                     max_iters=2100, eval_interval=300)
 
@@ -277,7 +277,7 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
             # 2 * n_layer results are added to the residual stream, and the variance of a sum grows
-            # with the number of its terms. This makes it start out the same at any depth.
+            # with the number of its terms. This division makes it start out the same at any depth.
             if name.endswith("c_proj.weight"):
                 p.data /= math.sqrt(2 * config.n_layer)
 
@@ -395,7 +395,7 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
         _, loss = model(x, y)
     model.zero_grad()
     loss.backward()
-    # Gradient clipping shortens long gradients: one unusual batch must not distort the means.
+    # Gradient clipping shortens long ones: an unusual batch must not distort the optimizers' means.
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
         raise ValueError(f"infinite gradient in step {step + 1}: try lower learning rates")
@@ -501,7 +501,7 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() turns others into it: full disk, Ctrl-C
+    except RuntimeError as error:  # torch.save() turns any error into this: full disk, Ctrl-C
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import pytest
 import regex  # comes with tiktoken
 import torch
 import torch.nn.functional as F
-from conftest import PLAY, ROOT, SHAKESPEARE, needs_gpt2_tokenizer, needs_shakespeare, one_line_error
+from conftest import PLAY, ROOT, SHAKESPEARE, needs_gpt2_tokenizer, needs_shakespeare
 from numpy_gpt2 import gpt2
 
 import bpe_gpt

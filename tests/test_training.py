@@ -598,7 +598,7 @@ def test_ctrl_c_while_saving_is_ctrl_c(script, train, monkeypatch, tmp_path):
             raise RuntimeError("unexpected pos 64 vs 0")
 
     monkeypatch.setattr(script.torch, "save", interrupted)
-    monkeypatch.setattr(sys, "argv", f"x --out x.pt --resume --max_iters 8 --data play.txt".split())
+    monkeypatch.setattr(sys, "argv", "x --out x.pt --resume --max_iters 8 --data play.txt".split())
     with pytest.raises(KeyboardInterrupt):
         script.main()
     assert (tmp_path / "x.pt").read_bytes() == before
