@@ -53,7 +53,7 @@ class GPTConfig:
     dropout: float = 0.1  # fraction of the numbers inside the model that training sets to zero
     init: str = ""  # fine-tune gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder or a checkpoint
     batch_size: int = 16  # sequences that go through the model at once: lower it to save memory
-    total_batch_size: int = 16384  # tokens per step
+    total_batch_size: int = 16384  # tokens per step, in rows of block_size, padding included
     max_iters: int = 400  # steps of gradient descent
     eval_interval: int = 50  # steps between evaluations
     learning_rate: float = 0.001  # of AdamW, for embeddings, gains and biases
@@ -98,7 +98,7 @@ INSTRUCTION_SETTINGS = dict(  # with --instructions; a fine-tuned model keeps it
 # single byte to a long word. A text is first split into words: letters (\p{L}), digits (\p{N}) or
 # other signs, each with the space before it; endings such as 's; the rest of the white space.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-END_OF_TEXT = "<|endoftext|>"  # a token between texts; encode() needs allowed_special to find it
+END_OF_TEXT = "<|endoftext|>"  # a token that stands between texts
 
 
 def train_bpe(text, vocab_size):
@@ -137,7 +137,7 @@ def train_bpe(text, vocab_size):
             ids[word] = merge(ids[word], pair, len(tokens))
             count_pairs(word, +1)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-    return make_tokenizer([*tokens, END_OF_TEXT.encode()])
+    return BPETokenizer([*tokens, END_OF_TEXT.encode()])
 
 
 def merge(ids, pair, new):
@@ -151,22 +151,50 @@ def merge(ids, pair, new):
     return merged
 
 
-def make_tokenizer(tokens):
-    """A tokenizer for a list of tokens, as bytes. In each word, it repeats the merges in the order
-    in which they were learned. There is no list of merges, since the tokens imply it: a pair can be
-    merged if the result is a token, and the lower its number, the earlier it was learned."""
-    ranks = {token: i for i, token in enumerate(tokens)}
-    special = {END_OF_TEXT: ranks.pop(END_OF_TEXT.encode())}
-    return tiktoken.Encoding("bpe", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+def encode_word(word, ranks):
+    """How a word becomes tokens. It begins as single bytes. Then, again and again, one pair of
+    neighbours is joined: the one that makes the token with the lowest number, since that was
+    learned first. ranks has the number of each token. For example, if training has merged l-o, o-w
+    and e-r in this order, "lower" becomes l o w e r, lo w e r, lo w er. There is no token "low"."""
+    parts = [bytes([b]) for b in word]
+    while len(parts) > 1:
+        joined = [a + b for a, b in zip(parts, parts[1:])]
+        best = min(joined, key=lambda token: ranks.get(token, math.inf))
+        if best not in ranks:
+            break
+        i = joined.index(best)
+        parts[i : i + 2] = [best]
+    return [ranks[part] for part in parts]
+
+
+class BPETokenizer:
+    """A tokenizer with the given tokens, as bytes. No list of merges is needed, since the tokens
+    imply it: two neighbours can be merged if together they are a token. The tiktoken library does
+    what encode_word() does, much faster."""
+    def __init__(self, tokens):
+        self.tokens = tokens
+        ranks = {token: i for i, token in enumerate(tokens)}
+        self.end_of_text = ranks.pop(END_OF_TEXT.encode())
+        self.tiktoken = tiktoken.Encoding("bpe", pat_str=WORDS, mergeable_ranks=ranks,
+                                          special_tokens={END_OF_TEXT: self.end_of_text})
+
+    def encode(self, text, find_end=False):
+        """With find_end, "<|endoftext|>" in the text becomes the token that ends a text."""
+        special = {END_OF_TEXT} if find_end else set()
+        return self.tiktoken.encode(text, allowed_special=special, disallowed_special=())
+
+    def decode(self, ids):
+        return self.tiktoken.decode(ids)
 
 
 def gpt2_tokenizer():
     """GPT-2's own vocabulary, which OpenAI learned from 40 GB of web pages; downloaded once."""
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken"))
     try:
-        return tiktoken.get_encoding("gpt2")
+        gpt2 = tiktoken.get_encoding("gpt2")
     except Exception as error:  # there are many ways in which a download can fail
         raise OSError(f"cannot download GPT-2's vocabulary: {type(error).__name__}") from None
+    return BPETokenizer([gpt2.decode_single_token_bytes(i) for i in range(gpt2.n_vocab)])
 
 # ---- Data ---------------------------------------------------------------------------------------
 
@@ -272,8 +300,8 @@ def make_prompt(record):
 
 def encode_record(record, tokenizer):
     """Inputs x and targets y of a record, both (T,)."""
-    prompt = tokenizer.encode_ordinary(make_prompt(record))
-    response = tokenizer.encode_ordinary(record["output"]) + [tokenizer.eot_token]
+    prompt = tokenizer.encode(make_prompt(record))
+    response = tokenizer.encode(record["output"]) + [tokenizer.end_of_text]
     tokens = torch.tensor(prompt + response)
     y = tokens[1:].clone()
     # Targets are one token ahead: the last token of the prompt already has to predict the response.
@@ -317,8 +345,8 @@ def load_tokens(config, tokenizer):
     and the tokenizer, as above. A folder's files (16-bit integers) can exceed the memory."""
     if os.path.isdir(config.data):
         gpt2 = gpt2_tokenizer()
-        same = tokenizer is None or tokenizer.token_byte_values() == gpt2.token_byte_values()
-        if config.vocab_size != gpt2.n_vocab or not same:
+        same = tokenizer is None or tokenizer.tokens == gpt2.tokens
+        if config.vocab_size != len(gpt2.tokens) or not same:
             raise ValueError(f"{config.data} has GPT-2's tokens, not those of another vocabulary")
         tokenizer = gpt2
         train_tokens = np.memmap(f"{config.data}/train.bin", dtype="<u2", mode="r")
@@ -329,7 +357,7 @@ def load_tokens(config, tokenizer):
         texts = [text, text] if config.eval_only else [text[:n], text[n:]]
         tokenizer = tokenizer or train_bpe(texts[0], config.vocab_size)
         train_tokens, val_tokens = [
-            np.array(tokenizer.encode(part, allowed_special="all")) for part in texts]
+            np.array(tokenizer.encode(part, find_end=True)) for part in texts]
     if not config.eval_only:
         print(f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate on")
     return TextData(train_tokens, config), TextData(val_tokens, config), tokenizer
@@ -375,8 +403,7 @@ class Cache:
 
 class CausalSelfAttention(nn.Module):
     """Attention in n_head heads at once, each with queries, keys and values of its own, so that one
-    can look for the name of the speaker, say, and another for the start of the word. (GPT-2 also
-    has dropout on the attention weights, left out here: it doubles the time of attention.)"""
+    can look for the name of the speaker, say, and another for the start of the word."""
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head != 0:
@@ -442,12 +469,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019). The parameters have OpenAI's names."""
+    """GPT-2 (Radford et al. 2019). The names are OpenAI's, as the Transformers library has them:
+    the first parameter of the first block, for example, is transformer.h.0.ln_1.weight."""
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.context_size = config.block_size
-        self.text_before = "\n"  # what came before each text in training; put before prompts
+        # What came before each text in training. sample.py puts it before a text whose first token
+        # is to be predicted, too.
+        self.text_before = "\n"
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
@@ -455,7 +485,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd),  # f for final; the sum of all results can be large
         })
-        # From vectors to scores. No bias is needed here: ln_f has already added its own to every x.
+        # From vectors to scores. (As in GPT-2, without a bias.)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
@@ -464,8 +494,9 @@ class GPT(nn.Module):
         self.initialize(config)
 
     def initialize(self, config):
-        """Random weights, since equal rows of a layer's matrix would get equal gradients and stay
-        equal. Small ones (GPT-2's choice is 0.02) give small scores, almost a uniform guess."""
+        """Random weights: if all were equal, the numbers in a layer would all be the same, get the
+        same gradients and stay the same. Small ones (0.02 is GPT-2's choice; for positions it has
+        0.01) give small scores, almost a uniform guess."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -491,8 +522,8 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit into a context of {self.context_size}")
         if start > 0 and T > 1:
             raise ValueError("caches that are not empty take one token at a time")
-        # Attention takes a mean over earlier tokens, which does not depend on their order. So each
-        # token's vector must say where it stands: one embedding is of the token, one of its place.
+        # The mean that attention takes does not depend on the order of the tokens. So each token's
+        # vector also says where it stands: one embedding is of the token, one of its position.
         positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
@@ -531,6 +562,99 @@ def generate(model, idx, max_new_tokens, choose=sample):
         unread = new
         yield new
 
+# ---- Optimizers ---------------------------------------------------------------------------------
+
+class Optimizer:
+    """What Adam and Muon have in common: stacks of parameters of equal shape, running means of their
+    gradients, and weight decay. (char_gpt.py explains all this, and both optimizers.)"""
+    def __init__(self, params, learning_rate, weight_decay=0.0):
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.n_steps = 0
+        by_shape = defaultdict(list)
+        for p in params:
+            by_shape[p.shape].append(p)
+        self.stacks = list(by_shape.values())
+        self.means = [ps[0].new_zeros(self.n_means, len(ps), *ps[0].shape) for ps in self.stacks]
+
+    @torch.no_grad()
+    def step(self, multiplier=1.0):
+        """Make one step, with the learning rate times multiplier."""
+        learning_rate = multiplier * self.learning_rate
+        self.n_steps += 1
+        for params, means in zip(self.stacks, self.means):
+            # A parameter that the model does not use has no gradient (None).
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            updates = self.update(torch.stack(grads), means)  # (number of parameters, *shape)
+            for p, update in zip(params, learning_rate * updates):
+                p *= 1 - learning_rate * self.weight_decay
+                p -= update
+
+
+class Adam(Optimizer):
+    """Moves each number by m / sqrt(v), the running means of its gradient and of the square of its
+    gradient (Kingma & Ba 2015). With this kind of weight decay, it is called AdamW."""
+    n_means = 2
+    beta1 = 0.9
+    beta2 = 0.999
+    eps = 1e-8
+
+    def update(self, grads, means):
+        m, v = means
+        m.lerp_(grads, 1 - self.beta1)  # m += 0.1 * (grads - m)
+        v.lerp_(grads**2, 1 - self.beta2)  # v += 0.001 * (grads**2 - v)
+        # Both means began at 0. After n steps, the gradients in m have a total weight of only
+        # 1 - 0.9**n, which is 0.1, then 0.19, then 0.271. The division makes up for that.
+        m_hat = m / (1 - self.beta1**self.n_steps)
+        v_hat = v / (1 - self.beta2**self.n_steps)
+        return m_hat / (v_hat.sqrt() + self.eps)  # eps prevents a division by zero
+
+
+def orthogonalize(x, rounds=4):
+    """Makes the directions of a matrix about equally strong; x (n, rows, columns) has n matrices.
+    A round turns each singular value s of X into 3.4445 s - 4.7750 s^3 + 2.0315 s^5."""
+    is_tall = x.shape[-2] > x.shape[-1]
+    if is_tall:
+        x = x.mT  # transposed: X X^T is smaller then
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # now no strength is above 1
+    for _ in range(rounds):
+        # bmm() multiplies n pairs of matrices; baddbmm(x, y, z) is beta * x + alpha * y @ z.
+        square = torch.bmm(x, x.mT)  # X X^T, (n, rows, rows)
+        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, factor, x, beta=3.4445)
+    return x.mT if is_tall else x
+
+
+class Muon(Optimizer):
+    """For matrices (Jordan et al. 2024): keeps a running mean of the gradient, and makes its
+    directions about equally strong, so that the model also learns what the weak ones say."""
+    n_means = 1
+    momentum = 0.95
+
+    def update(self, grads, means):
+        m = means[0]
+        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m)
+        ahead = grads.lerp(m, self.momentum)  # what m would be after the same gradient once more
+        dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
+        rows, columns = grads.shape[-2:]
+        # Spread over more outputs than inputs, the same strength would change each output less.
+        return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
+
+
+def make_optimizers(model, config):
+    """Muon is for the matrices in the blocks, and Adam for the rest, or for all if
+    muon_learning_rate is 0. Gains and biases do not decay."""
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    embeddings = [p for p in others if p.dim() == 2]
+    gains_and_biases = [p for p in others if p.dim() == 1]
+    if config.muon_learning_rate > 0:
+        for_matrices = Muon(matrices, config.muon_learning_rate, config.weight_decay)
+    else:
+        for_matrices = Adam(matrices, config.learning_rate, config.weight_decay)
+    for_embeddings = Adam(embeddings, config.learning_rate, config.weight_decay)
+    return for_matrices, for_embeddings, Adam(gains_and_biases, config.learning_rate)
+
 # ---- Training -----------------------------------------------------------------------------------
 
 # `torchrun --nproc_per_node=8 bpe_gpt.py` starts 8 processes, one per GPU, with the same model.
@@ -555,41 +679,13 @@ def evaluate(model, data):
     return (sums[0] / sums[1]).item()
 
 
-def make_optimizers(model, config):
-    """Muon (Jordan et al. 2024) is for the matrices in the blocks: it takes the mean gradient of a
-    matrix, and gives all directions in it the same strength. AdamW (Adam with weight decay,
-    Loshchilov & Hutter 2019) is for the rest, or for all if muon_learning_rate is 0: it moves each
-    number at about the same speed, however large its gradients. Gains and biases do not decay."""
-    matrices = []
-    embeddings = []
-    gains_and_biases = []
-    for name, p in model.named_parameters():
-        if p.dim() == 1:
-            gains_and_biases.append(p)
-        elif name.startswith("transformer.h."):
-            matrices.append(p)
-        else:
-            embeddings.append(p)
-    adam = torch.optim.AdamW(embeddings, lr=config.learning_rate, weight_decay=config.weight_decay)
-    adam.add_param_group(dict(params=gains_and_biases, weight_decay=0.0))
-    if config.muon_learning_rate == 0:
-        adam.add_param_group(dict(params=matrices))
-        return (adam,)
-    muon = torch.optim.Muon(
-        matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay, ns_steps=4)
-    return muon, adam
-
-
-def training_step(model, optimizers, x, y, step, progress, config, autocast):
-    """One step of gradient descent; returns the loss. progress: the fraction of the run so far. The
-    gradients of several batches add up (gradient accumulation): memory holds only one at a time."""
+def training_step(model, optimizers, x, y, step, config, autocast):
+    """One step of gradient descent; returns the loss. The gradients of several batches add up
+    (gradient accumulation), so that memory has to hold only one batch at a time."""
     # The learning rates rise while the optimizers' means are not yet reliable, and then fall to
     # zero in a straight line: large steps to get near a minimum, small ones to settle in it.
     warmup = (step + 1) / (config.warmup_iters + 1)
-    decay = 1 - progress
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = min(warmup, decay) * optimizer.defaults["lr"]  # the rate it was given
+    multiplier = min(warmup, 1 - step / config.max_iters)
     # Dropout sets some numbers inside the model to zero, at random, so that it cannot rely on any
     # of them and overfits less. PyTorch's train() turns it on, eval() off. Seed and step say which.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
@@ -615,7 +711,7 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
     if not norm.isfinite():
         raise ValueError(f"infinite gradient in step {step + 1}: try lower learning rates")
     for optimizer in optimizers:
-        optimizer.step()
+        optimizer.step(multiplier)
     return total_loss.item()
 
 
@@ -631,11 +727,10 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     losses = []
     while step < config.max_iters:
         x, y = [part.to(device) for part in train_data.training_batch(step)]
-        progress = step / config.max_iters
-        loss = training_step(compiled, optimizers, x, y, step, progress, config, autocast)
+        loss = training_step(compiled, optimizers, x, y, step, config, autocast)
         losses.append(loss)
         step += 1
-        n_read += y.numel()
+        n_read += y.numel()  # with instructions, this includes padding
         if RANK == 0:
             show_progress(step, loss, n_read, step / config.max_iters, started)
         if step % config.eval_interval == 0 or step == config.max_iters:
@@ -669,7 +764,7 @@ def save(checkpoint, started, model, optimizers, path):
         checkpoint["model"] = copy.deepcopy(model).cpu().state_dict()
     checkpoint["last"] = dict(
         step=step, n_read=n_read, seconds=time.perf_counter() - started, model=model.state_dict(),
-        optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers])
+        optimizers=[optimizer.means for optimizer in optimizers])
     with replacing(path) as file:
         torch.save(checkpoint, file)
 
@@ -678,15 +773,16 @@ def restore(last, model, optimizers):
     """Go back to "last". Returns step, tokens read, and the start time of a run without a break."""
     if last["step"] > 0:
         model.load_state_dict(last["model"])
-        for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
-            # Only the means ("state"): learning rates and weight decay are those of the new flags.
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        for optimizer, means in zip(optimizers, last["optimizers"], strict=True):
+            optimizer.n_steps = last["step"]
+            for mean, saved in zip(optimizer.means, means, strict=True):
+                mean.copy_(saved)
     return last["step"], last["n_read"], time.perf_counter() - last["seconds"]
 
 
-def bytes_per_token(data, vocab):
-    lengths = torch.tensor([len(token) for token in vocab])
-    lengths[vocab.index(END_OF_TEXT.encode())] = 0  # it is a token, but stands for no bytes
+def bytes_per_token(data, tokenizer):
+    lengths = torch.tensor([len(token) for token in tokenizer.tokens])
+    lengths[tokenizer.end_of_text] = 0  # it is a token, but stands for no bytes
     sums = torch.zeros(2, dtype=torch.float64)  # of the bytes; of the tokens
     for _, y in data.evaluation_batches():
         targets = y[y != -100]
@@ -708,10 +804,10 @@ def report(checkpoint, model, tokenizer, val_data, config):
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss} val")
     torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
     for prompt in val_data.prompts:
-        ids = tokenizer.encode_ordinary(prompt)
+        ids = tokenizer.encode(prompt)
         idx = torch.tensor([ids], device=model.lm_head.weight.device)
         new_ids = (new.item() for new in generate(model, idx, 60))
-        ids += itertools.takewhile(lambda token: token != tokenizer.eot_token, new_ids)
+        ids += itertools.takewhile(lambda token: token != tokenizer.end_of_text, new_ids)
         print("    | " + tokenizer.decode(ids).strip().replace("\n", "\n    | "))
 
 # ---- Published weights --------------------------------------------------------------------------
@@ -774,7 +870,7 @@ def load_pretrained(name_or_path, settings, flags):
         model.load_state_dict(state, assign=True)  # strict: none may be missing, none left over
         model.lm_head.weight = model.transformer.wte.weight
         model.text_before = checkpoint.get("text_before", END_OF_TEXT)
-        return model, make_tokenizer(tokens) if tokens else None
+        return model, BPETokenizer(tokens) if tokens else None
     except Exception as error:  # there are many ways in which a damaged file can fail to load
         reason = " ".join(str(error).split())  # on one line
         raise ValueError(f"cannot load {path}: {type(error).__name__}: {reason:.300}") from None
@@ -783,7 +879,7 @@ def load_pretrained(name_or_path, settings, flags):
 def find_tokenizer(model, tokenizer):
     """The tokenizer that came with the model, or else GPT-2's."""
     tokenizer = tokenizer or gpt2_tokenizer()
-    if tokenizer.n_vocab != model.config.vocab_size:
+    if len(tokenizer.tokens) != model.config.vocab_size:
         raise ValueError(f"the model needs a vocabulary of {model.config.vocab_size} tokens")
     return tokenizer
 
@@ -872,10 +968,6 @@ def parse_flags(Config):
         kind = switch if field.type is bool else {"type": field.type}
         parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
     flags = vars(parser.parse_args())
-    for name, value in flags.items():
-        least = 1 if name.endswith(("_size", "_interval", "max_iters", "_head", "_layer")) else 0
-        if not isinstance(value, str) and not value >= least:  # this refuses nan, too
-            raise ValueError(f"--{name} {value}: it must be at least {least}")
     if "out" in flags and not flags["out"].endswith(".pt"):
         raise ValueError(f"--out {flags['out']}: the name of a checkpoint must end in .pt")
     return flags
@@ -953,8 +1045,7 @@ def main():
     config, checkpoint, model, tokenizer = new_or_trained(flags, device)
     load_data = load_instructions if config.instructions else load_tokens
     train_data, val_data, tokenizer = load_data(config, tokenizer)
-    config.vocab_size = V = tokenizer.n_vocab
-    vocab = [tokenizer.decode_single_token_bytes(i) for i in range(V)]
+    config.vocab_size = V = len(tokenizer.tokens)
     if model is None:
         torch.manual_seed(config.seed)  # of the initial weights
         model = GPT(config)
@@ -965,10 +1056,11 @@ def main():
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     print(f"on {device} in {dtype}: {sum(p.numel() for p in model.parameters()):,} parameters")
     if checkpoint is None:
-        n_bytes = bytes_per_token(val_data, vocab)
+        n_bytes = bytes_per_token(val_data, tokenizer)
         with autocast:
             loss = describe(evaluate(model, val_data), n_bytes)
-        print(f"val loss {loss}; a uniform guess: ln({V}) = {math.log(V):.4f}")
+        name = "loss" if config.eval_only else "val loss"
+        print(f"{name} {loss}; a uniform guess: ln({V}) = {math.log(V):.4f}")
     if config.eval_only:
         return
     n_rows = len(train_data.training_batch(0)[0])
@@ -978,8 +1070,8 @@ def main():
     must_match["use of Muon"] = config.muon_learning_rate > 0
     if checkpoint is None:
         checkpoint = dict(written_by="bpe_gpt", history=[], last=dict(step=0, n_read=0, seconds=0),
-                          vocab=vocab, text_before=model.text_before,
-                          bytes_per_token=[bytes_per_token(train_data, vocab), n_bytes],
+                          vocab=tokenizer.tokens, text_before=model.text_before,
+                          bytes_per_token=[bytes_per_token(train_data, tokenizer), n_bytes],
                           must_match=must_match)
     changed = [name for name in must_match if must_match[name] != checkpoint["must_match"][name]]
     if changed:

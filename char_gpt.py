@@ -25,6 +25,7 @@ import os
 import socket
 import sys
 import time
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -43,7 +44,6 @@ class GPTConfig:
     n_head: int = 6  # attention heads per block; must divide n_embd
     n_embd: int = 384  # width: how many numbers represent a token inside the model
     block_size: int = 256  # context: how many characters the model can look at
-    dropout: float = 0.0  # fraction of the numbers inside the model that training sets to zero
     by_hand: bool = False  # compute with the formulas below, not with PyTorch's faster built-ins
     batch_size: int = 16  # sequences per step
     max_iters: int = 1400  # steps of gradient descent
@@ -63,7 +63,7 @@ class GPTConfig:
     out: str = "out/char_gpt.pt"  # checkpoint, for sample.py and --resume
 
 # What a CPU trains unless told otherwise: a smaller model, in 3.5 minutes. It overfits less, and so
-# needs less weight decay. (GPT-2 had dropout, too. Here it makes the loss higher: see README.md.)
+# needs less weight decay.
 CPU_SETTINGS = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, weight_decay=0.1,
                     max_iters=2100, eval_interval=300)
 
@@ -75,6 +75,8 @@ class CharTokenizer:
     def __init__(self, chars):
         self.chars = sorted(set(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
+        self.tokens = [char.encode() for char in self.chars]  # as bytes
+        self.end_of_text = None  # the number of a token that ends a text: there is none here
 
     def encode(self, text):
         unknown = set(text) - set(self.chars)
@@ -184,8 +186,7 @@ def attention(q, k, v):
 
 class CausalSelfAttention(nn.Module):
     """Attention in n_head heads at once, each with queries, keys and values of its own, so that one
-    can look for the name of the speaker, say, and another for the start of the word. (GPT-2 also
-    has dropout on the attention weights, left out here: it doubles the time of attention.)"""
+    can look for the name of the speaker, say, and another for the start of the word."""
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head != 0:
@@ -240,27 +241,26 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)  # explained in training_step()
 
     def forward(self, x):
-        x = x + self.dropout(self.attn(self.ln_1(x)))
-        x = x + self.dropout(self.mlp(self.ln_2(x)))
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
         return x
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019). The parameters have OpenAI's names."""
+    """GPT-2 (Radford et al. 2019). The names are OpenAI's, as the Transformers library has them:
+    the first parameter of the first block, for example, is transformer.h.0.ln_1.weight."""
     def __init__(self, config):
         super().__init__()
         self.context_size = config.block_size
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
-            "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": LayerNorm(config),  # f for final; the sum of all results can be large
         })
-        # From vectors to scores. No bias is needed here: ln_f has already added its own to every x.
+        # From vectors to scores. (As in GPT-2, without a bias.)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
@@ -269,8 +269,9 @@ class GPT(nn.Module):
         self.initialize(config)
 
     def initialize(self, config):
-        """Random weights, since equal rows of a layer's matrix would get equal gradients and stay
-        equal. Small ones (GPT-2's choice is 0.02) give small scores, almost a uniform guess."""
+        """Random weights: if all were equal, the numbers in a layer would all be the same, get the
+        same gradients and stay the same. Small ones (0.02 is GPT-2's choice; for positions it has
+        0.01) give small scores, almost a uniform guess."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -286,11 +287,10 @@ class GPT(nn.Module):
         B, T = idx.shape
         if T > self.context_size:
             raise ValueError(f"{T} tokens do not fit into a context of {self.context_size}")
-        # Attention takes a mean over earlier tokens, which does not depend on their order. So each
-        # token's vector must say where it stands: one embedding is of the token, one of its place.
+        # The mean that attention takes does not depend on the order of the tokens. So each token's
+        # vector also says where it stands: one embedding is of the token, one of its position.
         positions = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
-        x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x)
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
@@ -301,13 +301,12 @@ class GPT(nn.Module):
 
 # What it costs. Parameters: a block has 12 C^2, 3 C^2 of them for queries, keys and values, C^2 for
 # c_proj and 8 C^2 for the MLP. At C = 384, six blocks have 10.62 of the 10.77 million.
-# Operations: to predict, the vector of each token is multiplied by every matrix: a multiplication
-# and an addition, 2 operations, per parameter. Training takes 2 + 4, since backward() computes two
-# gradients for each of these products, that of the vector and that of the matrix. Attention also
-# compares every token with up to T others and takes a mean of as many values, in about 4 T C
-# operations per token and block: at T = 256, a tenth of the rest.
-# Memory: 4 bytes each for every parameter, its gradient and the one or two means that the optimizer
-# keeps (see make_optimizers), and for the activations: all numbers between input and loss.
+# Operations: each token is multiplied by every matrix, which takes 2 operations per parameter (one
+# multiplication, one addition), and backward() takes 4, for two gradients. Attention adds 4 T C per
+# token and block, for T scores and a mean of T values: at T = 256, a tenth of the rest.
+# Memory: 4 bytes for each parameter, its gradient and its means in the optimizer, and for each
+# number between input and loss that backward() needs (2 bytes if it is in bfloat16). attention(),
+# as it is written here, also needs its B * n_head * T * T scores; PyTorch's does not keep them.
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -327,6 +326,117 @@ def generate(model, idx, max_new_tokens, choose=sample):
         idx = torch.cat((idx, new), dim=1)
         yield new
 
+# ---- Optimizers ---------------------------------------------------------------------------------
+
+class Optimizer:
+    """What Adam and Muon have in common. Plain gradient descent, as in bigram.py, has one learning
+    rate for all parameters, but some gradients are a thousand times as large as others. Here,
+    update() decides how each parameter moves. It uses running means of the gradients, since each of
+    them comes from one batch only. Weight decay also shrinks the parameters a little in each step,
+    so that only what the gradients keep asking for becomes large.
+
+    Parameters of equal shape are stacked, and go through each operation together: on a GPU, many
+    small operations take longer than a few large ones."""
+    def __init__(self, params, learning_rate, weight_decay=0.0):
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.n_steps = 0
+        by_shape = defaultdict(list)
+        for p in params:
+            by_shape[p.shape].append(p)
+        self.stacks = list(by_shape.values())
+        self.means = [ps[0].new_zeros(self.n_means, len(ps), *ps[0].shape) for ps in self.stacks]
+
+    @torch.no_grad()
+    def step(self, multiplier=1.0):
+        """Make one step, with the learning rate times multiplier."""
+        learning_rate = multiplier * self.learning_rate
+        self.n_steps += 1
+        for params, means in zip(self.stacks, self.means):
+            # A parameter that the model does not use has no gradient (None).
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            updates = self.update(torch.stack(grads), means)  # (number of parameters, *shape)
+            for p, update in zip(params, learning_rate * updates):
+                p *= 1 - learning_rate * self.weight_decay
+                p -= update
+
+
+class Adam(Optimizer):
+    """Adam (Kingma & Ba 2015) keeps two running means for each number: m, of its gradient, and v,
+    of the square of its gradient. The update is m / sqrt(v). If the gradient is always g, this is
+    g / |g|, which is 1 or -1: a step is as long as the learning rate says, however large or small g
+    is. If the gradient keeps changing its sign, m is near 0, and the number hardly moves. With this
+    kind of weight decay, Adam is called AdamW (Loshchilov & Hutter 2019)."""
+    n_means = 2
+    beta1 = 0.9
+    beta2 = 0.999
+    eps = 1e-8
+
+    def update(self, grads, means):
+        m, v = means
+        m.lerp_(grads, 1 - self.beta1)  # m += 0.1 * (grads - m)
+        v.lerp_(grads**2, 1 - self.beta2)  # v += 0.001 * (grads**2 - v)
+        # Both means began at 0. After n steps, the gradients in m have a total weight of only
+        # 1 - 0.9**n, which is 0.1, then 0.19, then 0.271. The division makes up for that.
+        m_hat = m / (1 - self.beta1**self.n_steps)
+        v_hat = v / (1 - self.beta2**self.n_steps)
+        return m_hat / (v_hat.sqrt() + self.eps)  # eps prevents a division by zero
+
+
+def orthogonalize(x, rounds=4):
+    """Makes the directions of a matrix about equally strong; x (n, rows, columns) has n matrices.
+
+    Every matrix X is a product U S V^T, its singular value decomposition: V^T takes the input apart
+    into perpendicular directions, S multiplies each by its strength s (singular value), and U turns
+    them into directions of the output. U and V need not be computed to change the strengths. Since
+    U^T U = V^T V = 1, X X^T X is U S^3 V^T, and a X + b (X X^T) X + c (X X^T)^2 X has the strengths
+    a s + b s^3 + c s^5. With the numbers below (Jordan et al. 2024), this makes a small s 3.4 times
+    as large, and keeps a large one between 0.7 and 1.2. What four rounds make of four strengths:
+
+        before     round 1    round 2    round 3    round 4
+         0.5        1.189      0.896      0.824      0.938
+         0.1        0.340      0.992      0.707      1.107
+         0.01       0.034      0.118      0.400      1.093
+         0.001      0.003      0.012      0.041      0.140"""
+    is_tall = x.shape[-2] > x.shape[-1]
+    if is_tall:
+        x = x.mT  # transposed: X X^T is smaller then
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # now no strength is above 1
+    for _ in range(rounds):
+        # bmm() multiplies n pairs of matrices; baddbmm(x, y, z) is beta * x + alpha * y @ z.
+        square = torch.bmm(x, x.mT)  # X X^T, (n, rows, rows)
+        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, factor, x, beta=3.4445)
+    return x.mT if is_tall else x
+
+
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024) is for matrices. In the gradient of a matrix, a few directions are
+    strong, and the others can be hundreds of times weaker. Adam, which looks at each number by
+    itself, mostly moves along the strong ones. Muon keeps a running mean of the gradient, and makes
+    its directions about equally strong, so that the model also learns what the weak ones say."""
+    n_means = 1
+    momentum = 0.95
+
+    def update(self, grads, means):
+        m = means[0]
+        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m)
+        ahead = grads.lerp(m, self.momentum)  # what m would be after the same gradient once more
+        dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
+        rows, columns = grads.shape[-2:]
+        # Spread over more outputs than inputs, the same strength would change each output less.
+        return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
+
+
+def make_optimizers(model, config):
+    """Muon is for the matrices in the blocks. Gains and biases are not matrices, and in an
+    embedding each row belongs to a token of its own, whose gradient should not be mixed with those
+    of others: these are left to Adam, without weight decay."""
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    muon = Muon(matrices, config.muon_learning_rate, config.weight_decay)
+    return muon, Adam(others, config.learning_rate)
+
 # ---- Training -----------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -344,51 +454,12 @@ def evaluate(model, data, config):
     return total / n
 
 
-def make_optimizers(model, config):
-    """Plain gradient descent, as in bigram.py, has one learning rate for all parameters, but some
-    have gradients a thousand times as large as others. There are two remedies here.
-
-    Adam (Kingma & Ba 2015) keeps two running means for each parameter, of its gradient (m) and of
-    the square of its gradient (v), and moves it by learning_rate * m / sqrt(v). So all parameters
-    move at about the same speed, whatever the size of their gradients.
-
-    Muon (Jordan et al. 2024) looks at a whole matrix. Any matrix can be written as a sum of simple
-    ones (the singular value decomposition). Each of these turns one direction of the input into one
-    direction of the output, with a certain strength, its singular value. In the gradient of a
-    matrix, a few strengths are large, and the others can be hundreds of times smaller. From the
-    running mean of the gradients, Muon makes a matrix with the same directions and strengths of
-    about 1, in ns_steps rounds of products. So the model also learns what the few strong ones hide.
-
-    Muon is for the matrices in the blocks. Gains and biases are not matrices, and in an embedding
-    each row belongs to a token of its own, whose gradient should not be mixed with those of others:
-    these are left to Adam. The matrices in the blocks also get weight decay, which shrinks them a
-    little at each step, so that only what the gradients keep asking for becomes large."""
-    matrices = []
-    others = []
-    for name, p in model.named_parameters():
-        if name.startswith("transformer.h.") and p.dim() == 2:
-            matrices.append(p)
-        else:
-            others.append(p)
-    muon = torch.optim.Muon(
-        matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay, ns_steps=4)
-    adam = torch.optim.Adam(others, lr=config.learning_rate)
-    return muon, adam
-
-
-def training_step(model, optimizers, x, y, step, progress, config, autocast):
-    """One step of gradient descent; returns the loss. progress: the fraction of the run so far."""
+def training_step(model, optimizers, x, y, step, config, autocast):
+    """One step of gradient descent; returns the loss."""
     # The learning rates rise while the optimizers' means are not yet reliable, and then fall to
     # zero in a straight line: large steps to get near a minimum, small ones to settle in it.
     warmup = (step + 1) / (config.warmup_iters + 1)
-    decay = 1 - progress
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = min(warmup, decay) * optimizer.defaults["lr"]  # the rate it was given
-    # Dropout sets some numbers inside the model to zero, at random, so that it cannot rely on any
-    # of them and overfits less. PyTorch's train() turns it on, eval() off. Seed and step say which.
-    torch.manual_seed(config.seed * 1_000_003 + step)  # another number for each seed and step
-    model.train()
+    multiplier = min(warmup, 1 - step / config.max_iters)
     # Mixed precision: matrix products in bfloat16 where that is faster. It has float32's range, but
     # fewer digits. The weights stay in float32, or rounding would swallow small updates.
     with autocast:
@@ -400,7 +471,7 @@ def training_step(model, optimizers, x, y, step, progress, config, autocast):
     if not norm.isfinite():
         raise ValueError(f"infinite gradient in step {step + 1}: try lower learning rates")
     for optimizer in optimizers:
-        optimizer.step()
+        optimizer.step(multiplier)
     return loss.item()
 
 
@@ -410,13 +481,12 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
     # The compiled model has the same weights. It is faster, but takes a minute to prepare.
     compiled = torch.compile(model) if config.compile and train_data.is_cuda else model
-    # Losses since the last evaluation. Their mean, the training loss, is measured with dropout and
-    # while the model was still worse: at first, it lies above the validation loss.
+    # Losses since the last evaluation. Their mean, the training loss, is from the time when the
+    # model was still worse: at first, it lies above the validation loss.
     losses = []
     while step < config.max_iters:
         x, y = get_batch(train_data, config, step)
-        progress = step / config.max_iters
-        loss = training_step(compiled, optimizers, x, y, step, progress, config, autocast)
+        loss = training_step(compiled, optimizers, x, y, step, config, autocast)
         losses.append(loss)
         step += 1
         n_read += y.numel()
@@ -451,7 +521,7 @@ def save(checkpoint, started, model, optimizers, path):
         checkpoint["model"] = copy.deepcopy(model).cpu().state_dict()
     checkpoint["last"] = dict(
         step=step, n_read=n_read, seconds=time.perf_counter() - started, model=model.state_dict(),
-        optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers])
+        optimizers=[optimizer.means for optimizer in optimizers])
     with replacing(path) as file:
         torch.save(checkpoint, file)
 
@@ -460,9 +530,10 @@ def restore(last, model, optimizers):
     """Go back to "last". Returns step, tokens read, and the start time of a run without a break."""
     if last["step"] > 0:
         model.load_state_dict(last["model"])
-        for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
-            # Only the means ("state"): learning rates and weight decay are those of the new flags.
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        for optimizer, means in zip(optimizers, last["optimizers"], strict=True):
+            optimizer.n_steps = last["step"]
+            for mean, saved in zip(optimizer.means, means, strict=True):
+                mean.copy_(saved)
     return last["step"], last["n_read"], time.perf_counter() - last["seconds"]
 
 
@@ -545,10 +616,6 @@ def parse_flags(Config):
         kind = switch if field.type is bool else {"type": field.type}
         parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
     flags = vars(parser.parse_args())
-    for name, value in flags.items():
-        least = 1 if name.endswith(("_size", "_interval", "max_iters", "_head", "_layer")) else 0
-        if not isinstance(value, str) and not value >= least:  # this refuses nan, too
-            raise ValueError(f"--{name} {value}: it must be at least {least}")
     if "out" in flags and not flags["out"].endswith(".pt"):
         raise ValueError(f"--out {flags['out']}: the name of a checkpoint must end in .pt")
     return flags

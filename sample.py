@@ -164,7 +164,7 @@ def stream(tokens, tokenizer, end, stop):
     for token in tokens:
         if token == end:
             break
-        text += decoder.decode(tokenizer.decode_single_token_bytes(token))
+        text += decoder.decode(tokenizer.tokens[token])
         if stop and stop in text:
             yield text[: text.index(stop)]
             return
@@ -179,7 +179,7 @@ def stream(tokens, tokenizer, end, stop):
 
 def print_texts(model, tokenizer, idx, prompt, config):
     """Print the prompt and the continuations of idx (1, T): the first as it grows, then others."""
-    end = -1 if config.ignore_end else tokenizer.eot_token  # no token has the number -1
+    end = None if config.ignore_end else tokenizer.end_of_text  # None: no token ends a text
     for i, tokens in enumerate(continuations(model, idx, end, config)):
         if i > 0:
             print("-" * 40)
@@ -192,7 +192,7 @@ def print_texts(model, tokenizer, idx, prompt, config):
 
 def quote(tokenizer, token):
     """A token in quotes, on one line. A byte that is only part of a character looks like \\xf0."""
-    text = tokenizer.decode_single_token_bytes(token).decode("utf-8", "backslashreplace")
+    text = tokenizer.tokens[token].decode("utf-8", "backslashreplace")
     return repr(text).replace("\\\\", "\\")
 
 
@@ -289,8 +289,8 @@ def explore(model, tokenizer, ids, name, path):
     if has_attention:
         page["attention"] = (attention_weights(model, ids) * 1000).round().int().tolist()
         # The "logit lens" (nostalgebraist 2020): the output layer reads what each block puts out.
-        parts = [model.transformer.drop, *model.transformer.h]
-        x = torch.cat([output for _, _, output in record(model, ids, parts)])
+        calls = record(model, ids, model.transformer.h)
+        x = torch.cat([calls[0][1], *(output for _, _, output in calls)])  # before and after blocks
         probs, tokens = model.lm_head(model.transformer.ln_f(x)).softmax(dim=-1).max(dim=-1)
         page["lens"] = {"tokens": tokens.tolist(), "probs": probs.tolist()}  # (n_layer + 1, T)
     data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # </script> does no harm
@@ -355,15 +355,6 @@ CHARACTER_MODELS = {
 }
 
 
-class Characters(CharTokenizer):
-    """CharTokenizer with the methods of tiktoken that this script uses."""
-    eot_token = -1  # the number of no token: these models never end a text
-    encode_ordinary = CharTokenizer.encode
-
-    def decode_single_token_bytes(self, token):
-        return self.chars[token].encode()
-
-
 def load_model(name):
     """Model, tokenizer and checkpoint. For a published model or a folder, that is an empty dict."""
     no_checkpoint = name in bpe_gpt.SIZES or os.path.isdir(name)
@@ -375,7 +366,7 @@ def load_model(name):
     model = Model(Config(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     model.text_before = checkpoint["vocab"][0]  # in Shakespeare, the line break
-    return model.eval(), Characters(checkpoint["vocab"]), checkpoint
+    return model.eval(), CharTokenizer(checkpoint["vocab"]), checkpoint
 
 
 def fast_dtype(model, device, config):
@@ -426,8 +417,8 @@ def main():
     if config.curve:
         return show_curves(names, config.plot)
     model, tokenizer, checkpoint = load_model(names[0])
-    encode = tokenizer.encode_ordinary
-    before = [tokenizer.eot_token]  # what comes before a text, in the training data
+    encode = tokenizer.encode
+    before = [tokenizer.end_of_text]  # what comes before a text, in the training data
     if model.text_before != bpe_gpt.END_OF_TEXT:
         before = encode(model.text_before)
     if config.probs:

@@ -236,30 +236,22 @@ def write_config(model, tokenizer, path):
     config = {name: getattr(model.config, name) for name in bpe_gpt.SIZE_NAMES}
     config |= {name: value for name, value in SUPPORTED.items() if value is not None}
     config |= dict(n_positions=model.context_size, n_inner=None,
-                   bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)
+                   bos_token_id=tokenizer.end_of_text, eos_token_id=tokenizer.end_of_text)
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def words_of(tokenizer):
-    """The tokens as strings of printable characters, in the order of their numbers."""
-    tokens = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
-    return [token.decode("latin-1").translate(LETTER) for token in tokens]
 
 
 def write_vocabulary(tokenizer, folder):
     """vocab.json has the number of each token, merges.txt the two parts of each merge. These have
-    to be found again: repeat the merges of a token until only the last one is left."""
-    words = words_of(tokenizer)
+    to be found again: with the tokens before it alone, a token is encoded as its two parts."""
+    words = [token.decode("latin-1").translate(LETTER) for token in tokenizer.tokens]
     numbers = {word: i for i, word in enumerate(words)}
     merges = ["#version: 0.2"]
-    for word in words:
-        if len(word) > 1 and word != bpe_gpt.END_OF_TEXT:
-            parts = list(word)
-            while len(parts) > 2:
-                pairs = [numbers.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
-                i = pairs.index(min(pairs))  # the pair that was learned first
-                parts[i : i + 2] = [parts[i] + parts[i + 1]]
-            merges.append(" ".join(parts))
+    ranks = {}
+    for i, token in enumerate(tokenizer.tokens):
+        if len(token) > 1 and i != tokenizer.end_of_text:
+            a, b = bpe_gpt.encode_word(token, ranks)
+            merges.append(f"{words[a]} {words[b]}")
+        ranks[token] = i
     (folder / "vocab.json").write_text(json.dumps(numbers), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
 

@@ -404,7 +404,7 @@ def finetune_here(folder, name, dtype):
         optimizers = bpe_gpt.make_optimizers(model, model.config)
 
         def step():
-            bpe_gpt.training_step(model, optimizers, x, y, 0, 0.0, model.config, autocast)
+            bpe_gpt.training_step(model, optimizers, x, y, 0, model.config, autocast)
 
     else:
         from transformers import GPT2LMHeadModel
@@ -491,7 +491,7 @@ def train_124m(on_gpu):
         rows = torch.randint(config.vocab_size, shape, device=DEVICE)
         start = now()
         bpe_gpt.training_step(
-            forward, optimizers, rows[:, :-1], rows[:, 1:], step, 0.0, config, autocast)
+            forward, optimizers, rows[:, :-1], rows[:, 1:], step, config, autocast)
         times.append(now() - start)
     seconds = statistics.median(times[len(times) // 2 :])
     row("bpe_gpt.py --full, a step", config.total_batch_size / seconds, "tokens/s")
@@ -510,7 +510,7 @@ def compile_instructions(steps):
     records = bpe_gpt.read_records(ROOT / "data" / "instructions.json")
     tokenizer = bpe_gpt.train_bpe("\n".join(record["output"] for record in records), 400)
     config = bpe_gpt.GPTConfig(
-        vocab_size=tokenizer.n_vocab, n_layer=2, n_head=2, n_embd=64, block_size=512,
+        vocab_size=len(tokenizer.tokens), n_layer=2, n_head=2, n_embd=64, block_size=512,
         total_batch_size=4096, batch_size=8)
     data = bpe_gpt.InstructionData(records, tokenizer, config)
     model = bpe_gpt.GPT(config).to(DEVICE)
@@ -522,7 +522,7 @@ def compile_instructions(steps):
     graphs = []
     for step in range(steps):
         x, y = [part.to(DEVICE) for part in data.training_batch(step)]
-        bpe_gpt.training_step(forward, optimizers, x, y, step, 0.0, config, autocast)
+        bpe_gpt.training_step(forward, optimizers, x, y, step, config, autocast)
         graphs.append(counters["stats"]["unique_graphs"])
     breaks = sum(counters["graph_break"].values())
     row(f"--instructions, {steps} steps, breaks of the graph", breaks, "")
@@ -558,7 +558,7 @@ def main():
             torch.manual_seed(0)
             tokens = [*(bytes([b]) for b in range(256)), bpe_gpt.END_OF_TEXT.encode()]
             model = bpe_gpt.GPT(bpe_gpt.GPTConfig())
-            hugging_face.export(model, bpe_gpt.make_tokenizer(tokens), folder)
+            hugging_face.export(model, bpe_gpt.BPETokenizer(tokens), folder)
             for name in ("vocab.json", "merges.txt"):  # or only the rows of 257 tokens are loaded
                 (Path(folder) / name).unlink()
             if "decode" in wanted:

@@ -41,7 +41,7 @@ ZEROS = {
     "Block.forward": "return torch.zeros_like(x)",
     "training_step": "return 0.0",
     "merge": "return [0] * len(ids)",
-    "train_bpe": "return make_tokenizer([bytes([b]) for b in range(256)] + [END_OF_TEXT.encode()])",
+    "train_bpe": "return BPETokenizer([bytes([b]) for b in range(256)] + [END_OF_TEXT.encode()])",
     "Cache.append": """
         B, n_head, T, head_size = k.shape
         self.length += T
@@ -49,7 +49,7 @@ ZEROS = {
         return zeros, zeros""",
     "encode_record": """
         text = make_prompt(record) + record["output"]
-        zeros = torch.zeros(len(tokenizer.encode_ordinary(text)), dtype=torch.long)
+        zeros = torch.zeros(len(tokenizer.encode(text)), dtype=torch.long)
         return zeros, zeros""",
     "choose": "return torch.zeros(len(logits), 1, dtype=torch.long)",
     "beam_search": "return [[0] * max_new_tokens for _ in range(width)]",
@@ -128,34 +128,31 @@ MISTAKES = {
         "a single head": ("head_size = C // self.n_head", "self.n_head = 1\nhead_size = C"),
     },
     "Block.forward": {
-        "attention replaces x": ("x = x + self.dropout(self.attn", "x = self.dropout(self.attn"),
-        "mlp replaces x": ("x = x + self.dropout(self.mlp", "x = self.dropout(self.mlp"),
+        "attention replaces x": ("x = x + self.attn", "x = self.attn"),
+        "mlp replaces x": ("x = x + self.mlp", "x = self.mlp"),
         "one layer norm twice": ("self.ln_2(x)", "self.ln_1(x)"),
         "norm after the sum": ("", """
-            x = self.ln_1(x + self.dropout(self.attn(x)))
-            return self.ln_2(x + self.dropout(self.mlp(x)))"""),
+            x = self.ln_1(x + self.attn(x))
+            return self.ln_2(x + self.mlp(x))"""),
         "in parallel": ("", """
-            a = self.dropout(self.attn(self.ln_1(x)))
-            return x + a + self.dropout(self.mlp(self.ln_2(x)))"""),
-        "dropout on the stream": (
-            "x + self.dropout(self.mlp(self.ln_2(x)))", "self.dropout(x + self.mlp(self.ln_2(x)))"),
-        "no dropout": ("self.dropout(self.mlp(self.ln_2(x)))", "self.mlp(self.ln_2(x))"),
+            a = self.attn(self.ln_1(x))
+            return x + a + self.mlp(self.ln_2(x))"""),
     },
     "training_step": {
-        "no warmup": ("min(warmup, decay)", "decay"),
-        "no decay": ("min(warmup, decay)", "min(warmup, 1)"),
-        "a product": ("min(warmup, decay)", "warmup * decay"),
+        "no warmup": ("min(warmup, 1 -", "(1 -"),
+        "no decay": ("min(warmup, 1 - step / config.max_iters)", "min(warmup, 1)"),
+        "a product": ("min(warmup, 1 -", "warmup * (1 -"),
         "warmup begins at 0": ("(step + 1) /", "step /"),
-        "a cosine, not a line": ("1 - progress", "(1 + math.cos(math.pi * progress)) / 2"),
-        "rates multiply from step to step": ('optimizer.defaults["lr"]', 'group["lr"]'),
+        "a cosine, not a line": (
+            "1 - step / config.max_iters", "math.cos(math.pi / 2 * step / config.max_iters) ** 2"),
+        "no schedule": ("optimizer.step(multiplier)", "optimizer.step()"),
         "gradients add up": ("model.zero_grad()", "pass"),
         "no clipping": (
             "nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)",
             "torch.zeros(())"),
-        "the optimizers make no step": ("optimizer.step()", "pass"),
+        "the optimizers make no step": ("optimizer.step(multiplier)", "pass"),
         "only the first optimizer makes a step": (
-            "optimizer.step()", "optimizers[0].step()\n    break"),
-        "no training mode": ("model.train()", "pass"),
+            "optimizer.step(multiplier)", "optimizers[0].step(multiplier)\n    break"),
     },
     "merge": {
         "pairs overlap": ("", """
@@ -196,7 +193,7 @@ MISTAKES = {
     "encode_record": {
         "first token of the response left out": ("len(prompt) - 1", "len(prompt)"),
         "the prompt is learned": ("= -100", "= y[: len(prompt) - 1]"),
-        "no end of text": (" + [tokenizer.eot_token]", ""),
+        "no end of text": (" + [tokenizer.end_of_text]", ""),
         "no copy": ("tokens[1:].clone()", "tokens[1:]"),
         "targets not shifted": ("tokens[1:].clone()", "tokens[:-1].clone()"),
     },

@@ -22,7 +22,7 @@ from char_gpt import (
     make_optimizers,
 )
 
-SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, dropout=0.0)
+SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16)
 
 
 def build(**settings):
@@ -301,31 +301,11 @@ def test_a_small_gpt_learns_one_batch_by_heart():
     optimizers = make_optimizers(model, GPTConfig())
     for _ in range(300):
         _, loss = model(x, x.roll(-1, dims=1))
+        model.zero_grad()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
     assert loss.item() < 0.05
-
-
-def test_dropout_is_for_training_only():
-    model = build(dropout=0.5)
-    idx = torch.randint(65, (2, 16))
-    assert torch.equal(model(idx)[0], model(idx)[0])
-    model.train()
-    assert not torch.equal(model(idx)[0], model(idx)[0])
-
-
-def test_muon_makes_all_directions_of_a_gradient_equally_strong():
-    """What make_optimizers() says of it: the singular values of a step are all about 1."""
-    torch.manual_seed(0)
-    p = nn.Parameter(torch.zeros(32, 32))
-    p.grad = torch.randn(32, 2) @ torch.randn(2, 32) + 0.1 * torch.randn(32, 32)
-    before = torch.linalg.svdvals(p.grad)
-    torch.optim.Muon([p], lr=1.0, weight_decay=0.0, ns_steps=4).step()
-    after = torch.linalg.svdvals(p.data)
-    assert before[0] / before[16] > 30 and after[0] / after[16] < 2
-    assert after[:16] == pytest.approx(torch.ones(16), abs=0.4)
 
 
 # The command

@@ -556,13 +556,12 @@ class Part(nn.Module):
 
 
 def block_of_parts():
-    """ln_1 doubles, attn adds 1, ln_2 triples, mlp adds 5, and dropout changes nothing."""
+    """ln_1 doubles, attn adds 1, ln_2 triples and mlp adds 5."""
     block = char_gpt.Block(char_gpt.GPTConfig(n_head=2, n_embd=4))
     block.ln_1 = Part(lambda x: 2 * x)
     block.attn = Part(lambda x: x + 1)
     block.ln_2 = Part(lambda x: 3 * x)
     block.mlp = Part(lambda x: x + 5)
-    block.dropout = Part(lambda x: x)
     return block
 
 
@@ -591,17 +590,6 @@ def test_block_adds_each_result_to_the_stream():
           f"{result:.0f}, not their sum, 21")
 
 
-def test_block_drops_results_and_not_the_stream():
-    block = block_of_parts()
-    block.dropout = Part(lambda x: 0 * x)
-    result = result_for_1(block)
-    calls = len(block.dropout.reads)
-    check(calls == 2, f"calls of dropout: {calls}, not 2 (one for the result of attn, one for that "
-          "of mlp)")
-    check(result == 1, "where dropout sets all results to 0, x comes out as it was: dropout is for "
-          f"what is added to x, not for x itself, which was 1 and is {result:.0f}")
-
-
 # `training_step` in char_gpt.py
 
 
@@ -610,32 +598,42 @@ class Products(nn.Module):
     def __init__(self):
         super().__init__()
         self.p = nn.Parameter(torch.tensor([1.0, 2.0]))
-        self.training_mode = None
 
     def forward(self, x, y):
-        self.training_mode = self.training
         return None, (self.p * x).sum()
 
 
-def step_of(model, optimizers, step=100, progress=0.0, grad_clip=1000.0):
-    """A step on x = [3, 4], a gradient of length 5. Returns the loss."""
-    config = char_gpt.GPTConfig(warmup_iters=3, grad_clip=grad_clip)
+class Descent:
+    """Plain gradient descent, as an optimizer; it remembers the multiplier that it was given."""
+    def __init__(self, p, learning_rate):
+        self.p = p
+        self.learning_rate = learning_rate
+
+    def step(self, multiplier=1.0):
+        self.multiplier = multiplier
+        with torch.no_grad():
+            self.p -= multiplier * self.learning_rate * self.p.grad
+
+
+def step_of(model, optimizers, step=3, grad_clip=1000.0):
+    """A step of 1,000,000 on x = [3, 4], a gradient of length 5. Returns the loss."""
+    config = char_gpt.GPTConfig(warmup_iters=3, max_iters=1_000_000, grad_clip=grad_clip)
     x = torch.tensor([3.0, 4.0])
-    loss = char_gpt.training_step(model, optimizers, x, x, step, progress, config, nullcontext())
+    loss = char_gpt.training_step(model, optimizers, x, x, step, config, nullcontext())
     check(loss is not None, "training_step() returns None, not the loss")
     return float(loss)
 
 
 def test_training_step_returns_the_loss():
     model = Products()
-    loss = step_of(model, [torch.optim.SGD([model.p], lr=0.1)])
+    loss = step_of(model, [Descent(model.p, 0.1)])
     check(loss == 11, f"the loss of this batch is 11; training_step() returns {loss}")
 
 
 def test_training_step_moves_the_parameters_against_the_gradient():
     model = Products()
     model.p.grad = torch.tensor([100.0, 100.0])  # what the step before has left
-    step_of(model, [torch.optim.SGD([model.p], lr=0.1)])
+    step_of(model, [Descent(model.p, 0.1)])
     moved = (torch.tensor([1.0, 2.0]) - model.p.detach()).tolist()
     check(moved != [0, 0], "the parameters have not moved: call loss.backward(), and step() of "
           "each optimizer")
@@ -647,7 +645,7 @@ def test_training_step_moves_the_parameters_against_the_gradient():
 
 def test_training_step_uses_every_optimizer():
     model = Products()
-    step_of(model, [torch.optim.SGD([model.p], lr=rate) for rate in (0.1, 0.2)])
+    step_of(model, [Descent(model.p, rate) for rate in (0.1, 0.2)])
     moved = (torch.tensor([1.0, 2.0]) - model.p.detach()).tolist()
     check(close(moved, [0.9, 1.2]),
           "the gradient is [3, 4], and there are two optimizers, with learning rates of 0.1 and "
@@ -655,37 +653,28 @@ def test_training_step_uses_every_optimizer():
 
 
 def test_training_step_follows_the_schedule():
-    """Twice the same steps, since the rates of a step must not depend on those of the step before.
-    1/4, 2/4 and 3/4 are the warmup; what follows is the part of the run that is left."""
+    """1/4, 2/4 and 3/4 are the warmup; what follows is the part of the run that is left."""
     model = Products()
-    optimizers = [torch.optim.SGD([model.p], lr=rate) for rate in (0.1, 0.4)]
-    steps = [(0, 0.0, 0.25), (1, 0.0, 0.5), (2, 0.0, 0.75), (3, 0.0, 1.0), (30, 0.25, 0.75),
-             (50, 0.5, 0.5), (60, 0.75, 0.25), (99, 1.0, 0.0), (0, 0.75, 0.25), (1, 0.75, 0.25)]
-    for step, progress, expected in steps + steps:
-        step_of(model, optimizers, step, progress)
-        for rate, optimizer in zip((0.1, 0.4), optimizers):
-            share = optimizer.param_groups[0]["lr"] / rate
-            check(close(share, expected), f"in step {step}, with warmup_iters = 3 and progress = "
-                  f"{progress:.2f}, the learning rate is {share:.2f} times the one that the "
-                  f"optimizer was given (defaults['lr']), not {expected:.2f} times: the factor is "
-                  "the smaller of (step + 1) / (warmup_iters + 1) and 1 - progress")
+    optimizers = [Descent(model.p, rate) for rate in (0.1, 0.4)]
+    config = char_gpt.GPTConfig(warmup_iters=3, max_iters=100, grad_clip=1000.0)
+    x = torch.tensor([3.0, 4.0])
+    for step, expected in ((0, 0.25), (1, 0.5), (2, 0.75), (3, 0.97), (40, 0.6), (99, 0.01)):
+        char_gpt.training_step(model, optimizers, x, x, step, config, nullcontext())
+        for optimizer in optimizers:
+            share = optimizer.multiplier
+            check(close(share, expected), f"in step {step} of 100, with warmup_iters = 3, step() of "
+                  f"each optimizer is to be called with {expected:.2f}, not with {share:.2f}: the "
+                  "smaller of (step + 1) / (warmup_iters + 1) and 1 - step / max_iters")
 
 
 def test_training_step_clips_the_gradient():
     model = Products()
-    step_of(model, [torch.optim.SGD([model.p], lr=0.1)], grad_clip=1.0)
+    step_of(model, [Descent(model.p, 0.1)], grad_clip=1.0)
     moved = (torch.tensor([1.0, 2.0]) - model.p.detach()).tolist()
     check(close(moved, [0.06, 0.08]),
           "the gradient [3, 4] has the length 5, and grad_clip is 1: after backward(), scale it "
           "down to [0.6, 0.8], so that with a learning rate of 0.1 the parameters become smaller "
           f"by [0.06, 0.08], not by {show(moved)}")
-
-
-def test_training_step_is_training():
-    model = Products().eval()
-    step_of(model, [torch.optim.SGD([model.p], lr=0.1)])
-    check(model.training_mode, "the model is not in training mode, so that there is no dropout: "
-          "call model.train()")
 
 
 # `merge` in bpe_gpt.py
@@ -721,15 +710,16 @@ def test_merge_uses_no_token_twice():
 def learned(text, vocab_size):
     """The tokens that were learned: those between the 256 single bytes and the end of text."""
     tokenizer = bpe_gpt.train_bpe(text, vocab_size)
-    check(hasattr(tokenizer, "n_vocab"), f"train_bpe() returns {show(tokenizer)}, not the "
-          "tokenizer that make_tokenizer() makes of the list of tokens")
-    check(tokenizer.n_vocab > 256, f"there are {tokenizer.n_vocab} tokens: the 256 single bytes "
-          "and the end-of-text token are always among them")
+    check(hasattr(tokenizer, "tokens"), f"train_bpe() returns {show(tokenizer)}, not the "
+          "tokenizer that BPETokenizer() makes of the list of tokens")
+    check(len(tokenizer.tokens) > 256, f"there are {len(tokenizer.tokens)} tokens: the 256 single "
+          "bytes and the end-of-text token are always among them")
     for i in range(256):
-        token = tokenizer.decode_single_token_bytes(i)
+        token = tokenizer.tokens[i]
         check(token == bytes([i]), f"token {i} is {token}, not the byte {bytes([i])}")
-    check(tokenizer.eot_token == tokenizer.n_vocab - 1, "the end-of-text token must be the last")
-    return [tokenizer.decode_single_token_bytes(i) for i in range(256, tokenizer.n_vocab - 1)]
+    check(tokenizer.end_of_text == len(tokenizer.tokens) - 1,
+          "the end-of-text token must be the last")
+    return tokenizer.tokens[256:-1]
 
 
 def test_train_bpe_begins_with_the_most_frequent_pair():
@@ -830,9 +820,9 @@ def test_cache_can_be_filled_to_the_last_place():
 
 class Bytes:
     """A tokenizer whose tokens are single bytes."""
-    eot_token = 256
+    end_of_text = 256
 
-    def encode_ordinary(self, text):
+    def encode(self, text):
         return list(text.encode())
 
 
@@ -844,7 +834,7 @@ def encoded():
     result = bpe_gpt.encode_record(RECORD, Bytes())
     check(isinstance(result, (tuple, list)) and len(result) == 2,
           f"encode_record() returns {show(result)}, not a pair of tensors, x and y")
-    n_prompt = len(Bytes().encode_ordinary(bpe_gpt.make_prompt(RECORD)))
+    n_prompt = len(Bytes().encode(bpe_gpt.make_prompt(RECORD)))
     T = n_prompt + 4
     tokens = f"prompt, response and end of text have {n_prompt} + 4 + 1 tokens, of which"
     check_tensor(result[0], (T,), f"{tokens} x has all but the last: x")

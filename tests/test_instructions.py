@@ -71,7 +71,7 @@ def test_the_response_and_its_end_are_learned_and_nothing_else(tokenizer):
         x, y = encode_record(record, tokenizer)
         n = (y != -100).sum()
         assert tokenizer.decode(y[-n:].tolist()) == record["output"] + END_OF_TEXT
-        assert (y[:-n] == -100).all() and y[-1] == tokenizer.eot_token
+        assert (y[:-n] == -100).all() and y[-1] == tokenizer.end_of_text
         whole = tokenizer.decode(x.tolist()) + END_OF_TEXT
         assert whole == make_prompt(record) + record["output"] + END_OF_TEXT
 
@@ -79,7 +79,7 @@ def test_the_response_and_its_end_are_learned_and_nothing_else(tokenizer):
 def test_an_end_of_text_that_a_record_spells_out_is_only_text(tokenizer):
     record = {"instruction": f"What is {END_OF_TEXT}?", "input": "", "output": END_OF_TEXT}
     x, y = encode_record(record, tokenizer)
-    assert tokenizer.eot_token not in x and (y == tokenizer.eot_token).sum() == 1
+    assert tokenizer.end_of_text not in x and (y == tokenizer.end_of_text).sum() == 1
 
 
 def test_the_loss_is_that_of_the_response_alone(tokenizer, model):
@@ -168,10 +168,9 @@ def test_a_step_in_parts_is_the_step_of_the_whole(tokenizer):
         torch.manual_seed(0)
         part = GPT(config)
         x, y = make_batch(rows)
-        optimizer = types.SimpleNamespace(  # leaves the gradients as they are
-            param_groups=[{}], defaults={"lr": 1}, step=lambda: None)
+        optimizer = types.SimpleNamespace(step=lambda multiplier: None)  # changes no gradient
         autocast = torch.autocast("cpu", enabled=False)
-        loss = bpe_gpt.training_step(part, [optimizer], x, y, 0, 0.0, config, autocast)
+        loss = bpe_gpt.training_step(part, [optimizer], x, y, 0, config, autocast)
         assert loss == pytest.approx(part(x, y)[1].item(), abs=1e-5)
         after.append(torch.cat([p.grad.flatten() for p in part.parameters()]))
     assert after[0].norm() > 0.1
@@ -271,8 +270,8 @@ def test_a_vocabulary_is_learned_from_the_records_to_train_on(tmp_path):
                for i, letter in enumerate("bcdfghjklm")]
     config = GPTConfig(instructions=write_records(tmp_path / "x.json", records), vocab_size=999)
     train_data, val_data, tokenizer = bpe_gpt.load_instructions(config, None)
-    tokens = {tokenizer.decode_single_token_bytes(i).decode("utf-8", "replace")
-              for i in range(256, tokenizer.n_vocab)}
+    tokens = {tokenizer.tokens[i].decode("utf-8", "replace")
+              for i in range(256, len(tokenizer.tokens))}
     (held_back,) = responses(tokenizer, val_data.rows[0][1][None])
     learned = {letter for letter in "bcdfghjklm" if 4 * letter in tokens}
     assert learned == set("bcdfghjklm") - {held_back[0]}

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,14 +138,10 @@ def test_beam_search_does_not_favour_short_texts():
     assert beam_search(model, torch.tensor([[0]]), 3, width=20, end=2)[0] == [1, 2]
 
 
-class Pieces(list):
-    """A tokenizer whose token i is the i-th of these bytes."""
-    decode_single_token_bytes = list.__getitem__
-
-
 def streamed(*pieces, stop=""):
     """What is shown after each of the pieces, and at the end."""
-    return list(sample.stream(iter(range(len(pieces))), Pieces(pieces), -1, stop))
+    tokenizer = SimpleNamespace(tokens=pieces)
+    return list(sample.stream(iter(range(len(pieces))), tokenizer, None, stop))
 
 
 def test_text_ends_before_what_it_is_to_stop_at():
@@ -167,7 +164,7 @@ def test_what_may_become_a_stop_or_a_character_is_held_back_until_it_is_certain(
 
 def test_a_sample_ends_where_the_model_ends_its_text(command, monkeypatch):
     tokenizer = load_model("out/bpe_gpt.pt")[1]
-    a, b, end = *tokenizer.encode("ab"), tokenizer.eot_token
+    a, b, end = *tokenizer.encode("ab"), tokenizer.end_of_text
     def say(rows, *flags, more=True):
         def generate(*args):
             yield from torch.tensor(rows).t()[:, :, None]  # (T, B, 1)
@@ -197,8 +194,8 @@ def test_probs_shows_each_token_with_its_probability_and_rank(command, script):
     text = "A harbour:\nships, and more ships, and yet more of them."
     _, *lines, end = command(f"out/{script}.pt", "--probs", text).out.splitlines()
     model, tokenizer, _ = load_model(f"out/{script}.pt")
-    ids = tokenizer.encode_ordinary(text)
-    before = tokenizer.encode_ordinary(model.text_before)
+    ids = tokenizer.encode(text)
+    before = tokenizer.encode(model.text_before)
     log_probs = sample.next_log_probs(model, torch.tensor([[*before, *ids[:-1]]]))
     for line, token, row in zip(lines, ids, log_probs.exp(), strict=True):
         name, share, rank, others = re.match(r"('.+?') +([\d.]+)% +(\d+)   (.*)", line).groups()
@@ -236,7 +233,7 @@ def test_attention_is_drawn_with_tokens_along_both_sides(command, script, layer,
     flags = ("--attention", "The sea, the sea", "--layer", layer, "--head", head)
     _, *lines, _ = command(f"out/{script}.pt", *flags).out.splitlines()
     model, tokenizer, _ = load_model(f"out/{script}.pt")
-    ids = tokenizer.encode_ordinary("The sea, the sea")
+    ids = tokenizer.encode("The sea, the sea")
     names = [sample.quote(tokenizer, token) for token in ids]
     rows, width = lines[-len(ids) :], max(map(len, names))
     assert [row[:width].lstrip() for row in rows] == names
@@ -257,7 +254,7 @@ def test_shapes_walks_through_all_modules_and_counts_all_parameters(command, scr
     n_params = sum(p.numel() for p in model.parameters())
     assert total.split()[-1] == f"{n_params:,}"
     assert sum(int(count.replace(",", "")) for count in counts) == n_params
-    modules, T = dict(model.named_modules()), len(tokenizer.encode_ordinary("The sea"))
+    modules, T = dict(model.named_modules()), len(tokenizer.encode("The sea"))
     assert {name for name, module in modules.items() if module._parameters} <= set(names)
     for name, *shapes in zip(names, befores, afters):
         if isinstance(modules[name], torch.nn.Linear):  # its weight is (out, in)
@@ -298,7 +295,7 @@ def test_a_checkpoint_says_what_was_read_and_how_long_its_tokens_are(clone, scri
     text = (clone / config["data"]).read_text(encoding="utf-8")
     n = int(0.9 * len(text))
     if script == "bpe_gpt":
-        tokenizer = bpe_gpt.make_tokenizer(checkpoint["vocab"])
+        tokenizer = bpe_gpt.BPETokenizer(checkpoint["vocab"])
         lengths = []
         for part in (text[:n], text[n:]):
             ids = tokenizer.encode(part)[1:]  # all that are predicted
@@ -317,7 +314,7 @@ def test_a_text_begins_as_texts_do_in_the_training_data(command, changed, monkey
     monkeypatch.setattr(sample, "show_probs", lambda model, tok, ids: seen.append(ids))
     path = changed("bpe_gpt", text_before=text_before)
     tokenizer = load_model(path)[1]
-    expected = tokenizer.encode(text_before, allowed_special="all")
+    expected = tokenizer.encode(text_before, find_end=True)
     command(path)
     command(path, "--probs", "The sea")
     assert seen[0].tolist() == [expected]
@@ -420,7 +417,7 @@ def test_instructions_become_prompts_of_ordinary_text(command, changed, monkeypa
     expected = bpe_gpt.make_prompt({"instruction": text, "input": "1 2"})
     for _, tokenizer, idx, prompt, _ in seen:
         assert tokenizer.decode(idx[0].tolist()) == expected and prompt == ""
-        assert tokenizer.eot_token not in idx
+        assert tokenizer.end_of_text not in idx
     assert len(seen) == 2
 
 

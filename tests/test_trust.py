@@ -15,9 +15,9 @@ import bpe_gpt
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for processes")
 
-CHAR = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 8 --dropout 0.2 "
+CHAR = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 8 "
 CHAR += "--max_iters 60 --eval_interval 5 --warmup_iters 4 --data play.txt"
-BPE = CHAR.replace("--batch_size 8", "--batch_size 3 --total_batch_size 128")
+BPE = CHAR.replace("--batch_size 8", "--batch_size 3 --total_batch_size 128 --dropout 0.2")
 SCRATCH = BPE + " --vocab_size 300"
 TUNING = BPE.replace("--n_layer 1 --n_head 2 --n_embd 16 ", "") + " --init model.pt"
 
@@ -30,7 +30,7 @@ def folder(tmp_path):
     tokenizer = bpe_gpt.train_bpe(text, 300)
     torch.manual_seed(0)
     config = bpe_gpt.GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=300, block_size=32)
-    tokens = [tokenizer.decode_single_token_bytes(i) for i in range(300)]
+    tokens = tokenizer.tokens
     checkpoint = dict(written_by="bpe_gpt", config=vars(config), vocab=tokens)
     torch.save(checkpoint | {"model": bpe_gpt.GPT(config).state_dict()}, tmp_path / "model.pt")
     return tmp_path
