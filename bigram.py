@@ -52,7 +52,7 @@ class CharTokenizer:
         self.chars = sorted(set(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
         self.tokens = [char.encode() for char in self.chars]  # as bytes
-        self.end_of_text = None  # the number of a token that ends a text: there is none here
+        self.end_of_text = -1  # number of the token that ends a text: no token has this one
 
     def encode(self, text):
         unknown = set(text) - set(self.chars)

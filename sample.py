@@ -179,7 +179,7 @@ def stream(tokens, tokenizer, end, stop):
 
 def print_texts(model, tokenizer, idx, prompt, config):
     """Print the prompt and the continuations of idx (1, T): the first as it grows, then others."""
-    end = None if config.ignore_end else tokenizer.end_of_text  # None: no token ends a text
+    end = -1 if config.ignore_end else tokenizer.end_of_text  # no token has the number -1
     for i, tokens in enumerate(continuations(model, idx, end, config)):
         if i > 0:
             print("-" * 40)

@@ -240,10 +240,15 @@ def write_config(model, tokenizer, path):
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
+def words_of(tokenizer):
+    """The tokens as strings of printable characters, in the order of their numbers."""
+    return [token.decode("latin-1").translate(LETTER) for token in tokenizer.tokens]
+
+
 def write_vocabulary(tokenizer, folder):
     """vocab.json has the number of each token, merges.txt the two parts of each merge. These have
     to be found again: with the tokens before it alone, a token is encoded as its two parts."""
-    words = [token.decode("latin-1").translate(LETTER) for token in tokenizer.tokens]
+    words = words_of(tokenizer)
     numbers = {word: i for i, word in enumerate(words)}
     merges = ["#version: 0.2"]
     ranks = {}

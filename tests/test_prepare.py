@@ -25,7 +25,7 @@ ODD = f"{ODD}\r \n " * 5
 
 @pytest.fixture(scope="module")
 def learned():
-    return bpe_gpt.train_bpe(TEXT, 400)
+    return bpe_gpt.train_bpe(TEXT, 400).tiktoken
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_pieces_have_the_tokens_of_the_whole(learned):
 
 @needs_gpt2_tokenizer
 def test_pieces_have_the_tokens_of_the_whole_in_gpt2s_vocabulary():
-    assert_pieces_change_nothing(bpe_gpt.gpt2_tokenizer())
+    assert_pieces_change_nothing(bpe_gpt.gpt2_tokenizer().tiktoken)
 
 
 def test_text_larger_than_a_piece_is_never_read_whole():
@@ -103,7 +103,7 @@ def test_the_folder_is_what_bpe_gpt_reads(make, learned, capsys):
     assert capsys.readouterr().out == expected
     config = bpe_gpt.GPTConfig(
         data="corpus", block_size=16, batch_size=4, vocab_size=learned.n_vocab)
-    train_data, val_data, _ = bpe_gpt.load_tokens(config, learned)
+    train_data, val_data, _ = bpe_gpt.load_tokens(config, bpe_gpt.gpt2_tokenizer())
     seen = [token for _, y in val_data.evaluation_batches() for token in y[y != -100].tolist()]
     assert seen == val[1:]
     x, _ = train_data.training_batch(0)
@@ -203,5 +203,5 @@ def test_files_become_gpt2s_tokens(tmp_path):
     run(SCRIPT, *flags, cwd=tmp_path, fresh=True)
     parts = [np.fromfile(tmp_path / "corpus" / f"{n}.bin", "<u2") for n in ("train", "val")]
     tokens = [*parts[0], *parts[1]]
-    assert tokens == encode(bpe_gpt.gpt2_tokenizer(), *texts)
+    assert tokens == encode(bpe_gpt.gpt2_tokenizer().tiktoken, *texts)
     assert tokens[-3:] == [15496, 995, 50256] and len(parts[1]) == round(0.01 * len(tokens))
