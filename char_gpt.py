@@ -397,7 +397,11 @@ def orthogonalize(x, rounds=4):
          0.5        1.189      0.896      0.824      0.938
          0.1        0.340      0.992      0.707      1.107
          0.01       0.034      0.118      0.400      1.093
-         0.001      0.003      0.012      0.041      0.140"""
+         0.001      0.003      0.012      0.041      0.140
+
+    Very weak directions remain weak: in the first step of the small model, 58% of the strengths are
+    below 0.5 in the end, and in step 81 19%, while before, most were below a sixtieth of the
+    strongest."""
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT  # transposed: X X^T is smaller then

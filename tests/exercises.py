@@ -39,9 +39,12 @@ ZEROS = {
     "attention": "return torch.zeros_like(v)",
     "CausalSelfAttention.forward": "return torch.zeros_like(x)",
     "Block.forward": "return torch.zeros_like(x)",
+    "Adam.update": "return torch.zeros_like(grads)",
+    "orthogonalize": "return torch.zeros_like(x)",
     "training_step": "return 0.0",
     "merge": "return [0] * len(ids)",
     "train_bpe": "return BPETokenizer([bytes([b]) for b in range(256)] + [END_OF_TEXT.encode()])",
+    "encode_word": "return [0] * len(word)",
     "Cache.append": """
         B, n_head, T, head_size = k.shape
         self.length += T
@@ -138,6 +141,32 @@ MISTAKES = {
             a = self.attn(self.ln_1(x))
             return x + a + self.mlp(self.ln_2(x))"""),
     },
+    "Adam.update": {
+        "no square root": ("v_hat.sqrt()", "v_hat"),
+        "no correction of m": ("m / (1 - self.beta1**self.n_steps)", "m"),
+        "no correction of v": ("v / (1 - self.beta2**self.n_steps)", "v"),
+        "the correction of the first step in every step": ("self.beta1**self.n_steps", "self.beta1"),
+        "no eps": (" + self.eps", ""),
+        "means are not kept": ("m.lerp_(grads, 1 - self.beta1)", "m = m.lerp(grads, 1 - self.beta1)"),
+        "weights exchanged": ("m.lerp_(grads, 1 - self.beta1)", "m.lerp_(grads, self.beta1)"),
+        "v is a mean of gradients": ("v.lerp_(grads**2,", "v.lerp_(grads,"),
+        "the gradient, not its mean": ("return m_hat", "return grads"),
+    },
+    "orthogonalize": {
+        "not divided by the length": (
+            "x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)", "x"),
+        "division by zero": (".clamp(min=1e-7)", ""),
+        "the length of all matrices together": (
+            "x.norm(dim=(-2, -1), keepdim=True)", "x.norm()"),
+        "no third power": ("beta=-4.7750", "beta=0.0"),
+        "no fifth power": ("alpha=2.0315", "alpha=0.0"),
+        "the wrong square": ("torch.bmm(x, x.mT)", "torch.bmm(x.mT, x)"),
+        "one round": ("range(rounds)", "range(min(rounds, 1))"),
+        "not transposed back": ("return x.mT if is_tall else x", "return x"),
+        "singular values of 1": ("", """
+            U, S, Vt = torch.linalg.svd(x, full_matrices=False)
+            return U @ Vt"""),
+    },
     "training_step": {
         "no warmup": ("min(warmup, 1 -", "(1 -"),
         "no decay": ("min(warmup, 1 - step / config.max_iters)", "min(warmup, 1)"),
@@ -179,6 +208,26 @@ MISTAKES = {
         "no words": ("regex.findall(WORDS, text)", "[text]"),
         "the rarest pair": ("max(pair_counts.values(), default=0)",
                             "min([n for n in pair_counts.values() if n > 1], default=0)"),
+    },
+    "encode_word": {
+        "the first pair that is a token": (
+            "best = min(joined, key=lambda token: ranks.get(token, math.inf))",
+            "best = next((token for token in joined if token in ranks), b'')"),
+        "the highest number": (
+            "min(joined, key=lambda token: ranks.get(token, math.inf))",
+            "max(joined, key=lambda token: ranks.get(token, -1))"),
+        "only one merge": ("parts[i : i + 2] = [best]", "parts[i : i + 2] = [best]\n    break"),
+        "the last of equal pairs": (
+            "joined.index(best)", "len(joined) - 1 - joined[::-1].index(best)"),
+        "the longest token": ("", """
+            ids = []
+            while word:
+                n = max(n for n in range(1, len(word) + 1) if word[:n] in ranks)
+                ids.append(ranks[word[:n]])
+                word = word[n:]
+            return ids"""),
+        "the tokens, not their numbers": (
+            "return [ranks[part] for part in parts]", "return parts"),
     },
     "Cache.append": {
         "overwrites from 0": (

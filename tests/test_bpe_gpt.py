@@ -20,14 +20,15 @@ import char_gpt
 from bpe_gpt import (
     GPT,
     SIZES,
+    BPETokenizer,
     Cache,
     GPTConfig,
     TextData,
+    encode_word,
     evaluate,
     generate,
     load_pretrained,
     make_optimizers,
-    BPETokenizer,
     train_bpe,
     training_step,
 )
@@ -377,6 +378,30 @@ def test_random_strings_are_encoded_as_by_the_slow_encoder(learned):
         text = "".join(rng.choice(letters) for _ in range(rng.randrange(40)))
         ids = learned.encode(text)
         assert ids == slow_encode(text, tokens) and learned.decode(ids) == text
+
+
+def assert_encode_word_is_what_tiktoken_does(tokenizer, text):
+    ranks = {token: i for i, token in enumerate(tokenizer.tokens) if i != tokenizer.end_of_text}
+    words = regex.findall(bpe_gpt.WORDS, text)
+    ids = [token for word in words for token in encode_word(word.encode(), ranks)]
+    assert ids == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("text", [*STRINGS, PLAY.read_text(encoding="utf-8")[:50_000]])
+def test_encode_word_does_what_tiktoken_does(learned, text):
+    assert_encode_word_is_what_tiktoken_does(learned, text)
+
+
+@needs_gpt2_tokenizer
+@pytest.mark.parametrize("text", [*STRINGS, PLAY.read_text(encoding="utf-8")[:50_000]])
+def test_encode_word_does_what_tiktoken_does_with_gpt2s_vocabulary(text):
+    assert_encode_word_is_what_tiktoken_does(bpe_gpt.gpt2_tokenizer(), text)
+
+
+def test_the_example_in_the_docstring_of_encode_word_is_so():
+    ranks = {bytes([b]): b for b in range(256)} | {b"lo": 256, b"ow": 257, b"er": 258}
+    tokens = list(ranks)
+    assert [tokens[i] for i in encode_word(b"lower", ranks)] == [b"lo", b"w", b"er"]
 
 
 def test_words_are_split_by_gpt2s_rule():

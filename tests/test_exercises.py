@@ -590,6 +590,113 @@ def test_block_adds_each_result_to_the_stream():
           f"{result:.0f}, not their sum, 21")
 
 
+# `Adam.update` in char_gpt.py
+
+
+def adam_updates(*grads):
+    """The updates of a parameter of two numbers, in steps with these gradients, and the means."""
+    adam = char_gpt.Adam([torch.zeros(2)], learning_rate=1.0)
+    updates = []
+    for grad in grads:
+        adam.n_steps += 1
+        update = adam.update(torch.tensor([grad]), adam.means[0])
+        check_tensor(update, (1, 2), "the update")
+        updates.append(update[0].tolist())
+    return updates, adam.means[0]
+
+
+def test_adam_keeps_running_means():
+    _, means = adam_updates([1.0, -2.0], [3.0, 0.0])
+    check(means.any(), "m and v are still 0: update() has to change means in place, with m.lerp_() "
+          "or m += ..., since they are needed in the next step")
+    # m is 0.1 * 1, then 0.9 * 0.1 + 0.1 * 3; v is 0.001 * 1, then 0.999 * 0.001 + 0.001 * 9
+    check(close(means[0, 0], [0.39, -0.18]),
+          "after the gradients [1, -2] and [3, 0], m is [0.39, -0.18]: each time, it moves a tenth "
+          f"of the way to the gradient; here it is {show(means[0, 0])}")
+    check(close(1000 * means[1, 0], [9.999, 3.996], 1e-3),
+          "after the gradients [1, -2] and [3, 0], v is [0.009999, 0.003996]: each time, it moves "
+          "a thousandth of the way to the square of the gradient; here 1000 v is "
+          f"{show(1000 * means[1, 0])}")
+
+
+def test_adam_corrects_the_means_for_their_start_at_zero():
+    updates, _ = adam_updates([0.001, -50.0])
+    check(close(updates[0], [1, -1], 1e-3), "in the first step, m is 0.1 g and v is 0.001 g^2. "
+          "Divided by 1 - beta1 and by 1 - beta2, they are g and g^2, and the update is 1 or -1, "
+          f"whatever the gradient g; here [0.001, -50] gives {show(updates[0])}")
+    updates, _ = adam_updates([1.0, 1.0], [1.0, -1.0], [1.0, 1.0])
+    # m of the second number: 0.1, -0.01, 0.091; divided by 0.1, 0.19, 0.271: 1, -0.0526, 0.3358
+    check(close(updates, [[1, 1], [1, -0.0526], [1, 0.3358]], 1e-3),
+          "with the gradients [1, 1], [1, -1], [1, 1], the updates are [1, 1], [1, -0.0526], "
+          f"[1, 0.3358]; here they are {show(updates)}. In step n, the means are divided by "
+          "1 - beta**n, and n is self.n_steps")
+
+
+def test_adam_divides_by_the_square_root():
+    updates, _ = adam_updates([0.0, 1.0], [0.0, 3.0])
+    check(not math.isnan(updates[0][0]), "a gradient of 0 gives 0 / 0: add eps to the square root")
+    check(close(updates[1], [0, 0.9179], 1e-3), "with the gradients 1 and 3, m_hat is 0.39 / 0.19 "
+          "and v_hat 0.009999 / 0.001999, so that the update m_hat / sqrt(v_hat) is 0.9179; here "
+          f"it is {show(updates[1][1])}")
+
+
+# `orthogonalize` in char_gpt.py
+
+
+def strengths_after(strengths, rounds, shape=(3, 3)):
+    """orthogonalize() of two copies of a matrix with these singular values, in the directions of
+    the axes. Returns what stands on the diagonal; the rest must be 0."""
+    x = torch.zeros(shape)
+    x.diagonal().copy_(torch.tensor(strengths))
+    y = char_gpt.orthogonalize(torch.stack([x, x]), rounds)
+    check_tensor(y, (2, *shape), "the result")
+    check(close(y[0], y[1]), "two equal matrices give different results: each of the n matrices is "
+          "worked on by itself")
+    diagonal = y[0].diagonal()
+    check(close(y[0].abs().sum(), diagonal.abs().sum()), "a matrix that is diagonal must stay so: "
+          "only its strengths change, not the directions")
+    return diagonal
+
+
+def test_orthogonalize_divides_by_the_length_first():
+    result = strengths_after([6.0, 0.0, 8.0], rounds=0)
+    check(close(result, [0.6, 0, 0.8]), "the diagonal matrix [6, 0, 8] has the length 10: without "
+          f"any rounds, the result is [0.6, 0, 0.8]; here it is {show(result)}")
+    result = strengths_after([0.0, 0.0, 0.0], rounds=1)
+    check(close(result, [0, 0, 0]), f"a matrix of zeros must stay one; here it becomes "
+          f"{show(result)}: do not divide by a length of 0")
+
+
+def test_orthogonalize_applies_the_polynomial():
+    result = strengths_after([6.0, 0.0, 8.0], rounds=1)
+    # 3.4445 * 0.6 - 4.7750 * 0.6**3 + 2.0315 * 0.6**5; the same with 0.8
+    check(close(result, [1.1933, 0, 0.9765], 1e-3), "a round turns 0.6 into 1.1933 and 0.8 into "
+          "0.9765 (a s + b s^3 + c s^5); here the diagonal matrix [6, 0, 8] becomes "
+          f"{show(result)}")
+
+
+def test_orthogonalize_repeats_it():
+    result = strengths_after([1.0, 0.01, 0.0001], rounds=4)
+    check(close(result, [1.0896, 1.0926, 0.0141], 2e-3), "after 4 rounds, the strengths 1, 0.01 and "
+          f"0.0001 are 1.0896, 1.0926 and 0.0141; here they are {show(result)}")
+
+
+def test_orthogonalize_works_for_matrices_of_any_shape():
+    for shape in ((2, 5), (5, 2)):
+        result = strengths_after([6.0, 8.0], 1, shape)
+        check(close(result, [1.1933, 0.9765], 1e-3), f"in a matrix of shape {shape}, a round turns "
+              f"the strengths 0.6 and 0.8 into 1.1933 and 0.9765, not into {show(result)}")
+    torch.manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(4, 4))
+    v, _ = torch.linalg.qr(torch.randn(3, 3))
+    s = torch.tensor([0.6, 0.64, 0.48])  # of length 1
+    after = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    result = char_gpt.orthogonalize((u[:, :3] * s) @ v.T[None], 1)
+    check_tensor(result, (1, 4, 3), "the result")
+    check(close(result[0], (u[:, :3] * after) @ v.T, 1e-3), "the directions (U and V in U S V^T) "
+          "have changed: the result must be U S' V^T, with other strengths only")
+
+
 # `training_step` in char_gpt.py
 
 
@@ -757,6 +864,52 @@ def test_train_bpe_counts_a_word_as_often_as_it_occurs():
     check(tokens[:1] == [b"ab"], "in `ab xy xyz xyw ab ab ab ab`, a-b occurs five times and x-y "
           f"three times, but the first tokens that were learned are {tokens[:1]}: a pair counts as "
           "often as its words occur")
+
+
+# `encode_word` in bpe_gpt.py
+
+
+LETTERS = {bytes([b]): b for b in range(256)}
+
+
+def check_word(word, expected, *merges, hint=""):
+    """The tokens of a word, as bytes; merges are those beyond the single bytes, in their order."""
+    ranks = LETTERS | {token: 256 + i for i, token in enumerate(merges)}
+    result = bpe_gpt.encode_word(word, ranks)
+    check(result is not None, "encode_word() returns None, not a list")
+    tokens = list(ranks)
+    check(all(isinstance(i, int) and 0 <= i < len(tokens) for i in result),
+          f"encode_word() returns {result}, which is not a list of the numbers in ranks")
+    found = b" ".join(tokens[i] for i in result).decode("utf-8", "backslashreplace")
+    after = " ".join(token.decode() for token in merges)
+    check(found == expected, f"with the tokens {after} beyond the single bytes, {word.decode()} is "
+          f"encoded as: {expected}. Here it is: {found}{hint}")
+
+
+def test_encode_word_begins_with_single_bytes():
+    check_word(b"xyz", "x y z", b"ab")
+    check_word(b"x", "x", b"ab")
+    result = bpe_gpt.encode_word("é".encode(), LETTERS)
+    check(result == [0xC3, 0xA9], f"é has the bytes c3 and a9, and so the tokens [195, 169]; here "
+          f"it has {result}")
+
+
+def test_encode_word_joins_pairs_as_long_as_it_can():
+    check_word(b"lower", "low er", b"lo", b"low", b"er")
+    check_word(b"aaaaa", "aaaa a", b"aa", b"aaaa")
+    check_word(b"abab", "abab", b"ab", b"abab")
+
+
+def test_encode_word_joins_the_pair_with_the_lowest_number_first():
+    check_word(b"lower", "lo w er", b"lo", b"ow", b"er", hint=" (l-o comes before o-w)")
+    check_word(b"lower", "l ow er", b"ow", b"lo", b"er", hint=" (o-w comes before l-o)")
+    check_word(b"aaa", "aa a", b"aa", hint=" (of two equal pairs, the left one comes first)")
+
+
+def test_encode_word_needs_each_step_and_not_only_the_longest_token():
+    hint = ": it is joined from pairs, and no pair makes it"
+    check_word(b"abcd", "ab c d", b"ab", b"abcd", hint=hint)
+    check_word(b"abc", "ab c", b"ab", b"bc", b"abx", hint=hint)
 
 
 # `Cache.append` in bpe_gpt.py
