@@ -1,8 +1,8 @@
 """Bigram language model: predict the next character from the current one alone.
 
-The model is a table of 65 x 65 scores: row i says how likely each character is to follow character
-i. Everything around the table is what GPT-2 needs too: text turned into integers, batches, a loss,
-gradient descent, validation, sampling. char_gpt.py puts a transformer in the table's place.
+The model is a table of 65 x 65 scores; row i says how likely each one is to follow character i. All
+around it is what GPT-2 needs, too: text as integers, batches, a loss, gradient descent, validation
+and sampling. char_gpt.py puts a transformer in the table's place.
 
     python bigram.py                       # 4 seconds on two CPU cores
     python bigram.py --data my_text.txt    # any text file in UTF-8
@@ -57,7 +57,7 @@ class CharTokenizer:
     def encode(self, text):
         unknown = set(text) - set(self.chars)
         if unknown:
-            raise ValueError(f"characters that are not in the vocabulary: {sorted(unknown)}")
+            raise UserError(f"characters that are not in the vocabulary: {sorted(unknown)}")
         return [self.stoi[char] for char in text]
 
     def decode(self, ids):
@@ -69,7 +69,7 @@ def split_data(data, config):
     memorizing the text (overfitting). Only text it has never seen shows what it has learned."""
     n = int(0.9 * len(data))
     if len(data) - n <= config.block_size:
-        raise ValueError(f"{len(data)} characters are too few for --block_size {config.block_size}")
+        raise UserError(f"{len(data)} characters are too few for --block_size {config.block_size}")
     return data[:n], data[n:]
 
 
@@ -136,7 +136,6 @@ def count_bigrams(data, vocab_size, add=0):
     No table has a lower loss on this data. For row i, the gradient of the loss is proportional to
     softmax(row i) minus these frequencies. It is zero when they are equal, and since the loss is
     convex (shaped like a bowl), that is its minimum. A better model has to look further back.
-
     add=1 adds one to every count. Without it, the probability of a pair that is not in data would
     be 0, and one such pair in the validation text would make the loss infinite."""
     # The number of the pair (a, b) is its place in the table, with the rows laid end to end.
@@ -192,9 +191,8 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint):
         # PyTorch has recorded how the loss was computed. backward() goes through that in reverse
         # and finds, by the chain rule, the gradient of the loss for every parameter p: p.grad.
         loss.backward()
-        # Large steps to get near the minimum, then ever smaller ones to settle in it. (A rate of
-        # 200 is unusually high: the loss is a mean over 8,192 characters, and a row of the table is
-        # used by 8,192 / 65 = 126 of them on average. So its gradient is tiny.)
+        # Large steps to get near the minimum, then ever smaller ones to settle in it. (200 is much:
+        # on average, 8,192 / 65 = 126 of a batch's characters use a row; its gradient is tiny.)
         learning_rate = config.learning_rate * (1 - step / config.max_iters)
         with torch.no_grad():  # the update is no part of the loss, and need not be recorded
             for p in model.parameters():
@@ -230,6 +228,10 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
+class UserError(ValueError):
+    """A mistake of the user's. It is shown as one line; all other errors show where they arose."""
+
+
 @contextmanager
 def replacing(path):
     """Opens a temporary file, which takes the place of path when it is complete. Whatever happens
@@ -251,25 +253,26 @@ def replacing(path):
 
 def load_text(path):
     """The text file at path; by default Tiny Shakespeare or, without a network, our own play."""
-    if path:
-        return Path(path).read_text(encoding="utf-8")
-    path = DATA / "tinyshakespeare.txt"
-    if not path.exists():
+    default = DATA / "tinyshakespeare.txt"
+    if not path and not default.exists():
         try:
             DATA.mkdir(exist_ok=True)
             socket.setdefaulttimeout(30)  # seconds to wait for an answer
-            torch.hub.download_url_to_file(URL, str(path), SHA256, progress=False)
+            torch.hub.download_url_to_file(URL, str(default), SHA256, progress=False)
         except Exception as error:  # there are many ways in which a download can fail
-            print(f"cannot download Tiny Shakespeare ({error}): using data/the-glass-harbour.txt")
-            path = DATA / "the-glass-harbour.txt"
-    return path.read_text(encoding="utf-8")
+            default = DATA / "the-glass-harbour.txt"
+            print(f"cannot download Tiny Shakespeare ({error}): using data/{default.name}")
+    try:
+        return Path(path or default).read_text(encoding="utf-8-sig")  # without a byte order mark
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not in UTF-8: save it in this encoding") from None
 
 
 def parse_flags(Config):
     """Makes every field of Config a flag, as in --max_iters 100. Returns those given, as a dict."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--setting value ...]", argument_default=argparse.SUPPRESS,
-        description=f"{__doc__}\n{inspect.getsource(Config)}",
+        allow_abbrev=False, description=f"{__doc__}\n{inspect.getsource(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Config):
         switch = {"action": argparse.BooleanOptionalAction}  # such as --full and --no-full
@@ -277,7 +280,7 @@ def parse_flags(Config):
         parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
     flags = vars(parser.parse_args())
     if "out" in flags and not flags["out"].endswith(".pt"):
-        raise ValueError(f"--out {flags['out']}: the name of a checkpoint must end in .pt")
+        raise UserError(f"--out {flags['out']}: the name of a checkpoint must end in .pt")
     return flags
 
 
@@ -294,10 +297,9 @@ def main():
     print(f"{len(text):,} characters, {V} of them distinct: a table of {V**2:,} parameters")
     loss = evaluate(model, val_data, config)
     print(f"before training: val loss {loss:.4f}; a uniform guess: ln({V}) = {math.log(V):.4f}")
-    parts = [text[: len(train_data)], text[len(train_data) :]]
-    bytes_per_token = [len(part.encode()) / len(part) for part in parts]  # training, validation
+    parts = [text[: len(train_data)], text[len(train_data) :]]  # training, validation
     checkpoint = dict(written_by="bigram", config=vars(config), vocab=tokenizer.chars, history=[],
-                      bytes_per_token=bytes_per_token)
+                      bytes_per_token=[len(part.encode()) / len(part) for part in parts])
     train(model, train_data, val_data, tokenizer, config, checkpoint)
     checkpoint["model"] = model.state_dict()  # the parameters, by their names
     with replacing(config.out) as file:
@@ -312,7 +314,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; nothing has been saved")

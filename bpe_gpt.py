@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import socket
 import sys
 import time
@@ -51,7 +52,7 @@ class GPTConfig:
     n_embd: int = 768  # width: how many numbers represent a token inside the model
     block_size: int = 1024  # context: how many tokens the model can look at
     dropout: float = 0.1  # fraction of the numbers inside the model that training sets to zero
-    init: str = ""  # fine-tune gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder or a checkpoint
+    init: str = ""  # fine-tune gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a checkpoint
     batch_size: int = 16  # sequences that go through the model at once: lower it to save memory
     total_batch_size: int = 16384  # tokens per step, in rows of block_size, padding included
     max_iters: int = 400  # steps of gradient descent
@@ -79,7 +80,7 @@ SIZES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774,030,080
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1,557,611,200
 }
-SIZE_NAMES = ("vocab_size", "n_layer", "n_head", "n_embd")
+SIZE_NAMES = ("vocab_size", "n_layer", "n_head", "n_embd", "block_size")
 CPU_SETTINGS = dict(  # what a CPU trains unless told otherwise: a smaller model, in 5.5 minutes
     vocab_size=2048, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
     total_batch_size=2048, max_iters=2100, eval_interval=300, learning_rate=0.002,
@@ -152,25 +153,24 @@ def merge(ids, pair, new):
 
 
 def encode_word(word, ranks):
-    """How a word becomes tokens. It begins as single bytes. Then, again and again, one pair of
-    neighbours is joined: the one that makes the token with the lowest number, since that was
-    learned first. ranks has the number of each token. For example, if training has merged l-o, o-w
-    and e-r in this order, "lower" becomes l o w e r, lo w e r, lo w er. There is no token "low"."""
+    """How a word, as bytes, becomes tokens: of all neighbours that together are a token, those with
+    the lowest number are merged, since it was learned first; and so on. ranks has the numbers. For
+    example, where "lo", "ow" and "er" were learned in this order, "lower" becomes l o w e r, then
+    lo w e r, then lo w er: there is no o left for "ow"."""
     parts = [bytes([b]) for b in word]
     while len(parts) > 1:
-        joined = [a + b for a, b in zip(parts, parts[1:])]
-        best = min(joined, key=lambda token: ranks.get(token, math.inf))
+        merged = [a + b for a, b in zip(parts, parts[1:])]
+        best = min(merged, key=lambda token: ranks.get(token, math.inf))
         if best not in ranks:
             break
-        i = joined.index(best)
+        i = merged.index(best)
         parts[i : i + 2] = [best]
     return [ranks[part] for part in parts]
 
 
 class BPETokenizer:
-    """A tokenizer with the given tokens, as bytes. No list of merges is needed, since the tokens
-    imply it: two neighbours can be merged if together they are a token. The tiktoken library does
-    what encode_word() does, much faster."""
+    """A tokenizer for a list of tokens, as bytes, with the methods of CharTokenizer. It needs no
+    list of merges, since the tokens imply it. tiktoken does what encode_word() does, but faster."""
     def __init__(self, tokens):
         self.tokens = tokens
         ranks = {token: i for i, token in enumerate(tokens)}
@@ -178,10 +178,8 @@ class BPETokenizer:
         self.tiktoken = tiktoken.Encoding("bpe", pat_str=WORDS, mergeable_ranks=ranks,
                                           special_tokens={END_OF_TEXT: self.end_of_text})
 
-    def encode(self, text, find_end=False):
-        """With find_end, "<|endoftext|>" in the text becomes the token that ends a text."""
-        special = {END_OF_TEXT} if find_end else set()
-        return self.tiktoken.encode(text, allowed_special=special, disallowed_special=())
+    def encode(self, text, special=()):  # {END_OF_TEXT}: to find this token, too
+        return self.tiktoken.encode(text, allowed_special=set(special), disallowed_special=())
 
     def decode(self, ids):
         return self.tiktoken.decode(ids)
@@ -198,17 +196,14 @@ def gpt2_tokenizer():
 
 # ---- Data ---------------------------------------------------------------------------------------
 
-# For texts and instructions alike, training_batch() returns the inputs x and targets y of one step,
-# which depend only on the seed and the step. evaluation_batches() yields the data (of a large text
-# a sample) in batches of batch_size rows. PyTorch's cross_entropy() leaves out targets of -100.
-
 class TextData:
-    """An array of tokens, cut into stretches of block_size tokens, or fewer if it is shorter."""
+    """An array of tokens, cut into stretches of block_size tokens, or fewer if it is shorter. What
+    training_batch() returns, the inputs x and targets y of a step, depends on seed and step only."""
     prompts = ["\n"]  # what report() lets the model continue
 
     def __init__(self, tokens, config):
         if len(tokens) < 2:
-            raise ValueError("the text is too short: a part of it has fewer than two tokens")
+            raise UserError("the text is too short: a part of it has fewer than two tokens")
         # To recognize the text when a run is resumed: size, beginning and end are enough.
         parts = [tokens[: 2**19], tokens[-(2**19) :], [len(tokens)]]
         self.hash = hashlib.sha256(np.concatenate(parts).tobytes()).hexdigest()
@@ -238,29 +233,10 @@ class TextData:
             yield make_batch([self.row(start) for start in starts[i : i + self.config.batch_size]])
 
 
-class InstructionData:
-    """Instructions with responses; each record is a row. The model is to learn to respond, not to
-    ask: only the response counts, and the end-of-text token after it."""
-    def __init__(self, records, tokenizer, config):
-        self.config = config
-        self.prompts = [make_prompt(record) for record in records[:3]]
-        self.hash = hashlib.sha256(json.dumps(records).encode()).hexdigest()
-        rows = [encode_record(record, tokenizer) for record in records]
-        self.rows = [(x, y) for x, y in rows if len(x) <= config.block_size]
-
-    def training_batch(self, step):
-        _, chosen = pick_rows(len(self.rows), step, self.config)
-        return make_batch([self.rows[n] for n in chosen])
-
-    def evaluation_batches(self):
-        for i in range(0, len(self.rows), self.config.batch_size):
-            yield make_batch(self.rows[i : i + self.config.batch_size])
-
-
 def pick_rows(n_rows, step, config):
     """The epoch of a step, and the numbers of its rows. In an epoch, each of n_rows comes once, in
     random order. (The last few, if they do not fill a step, are left out.)"""
-    n = max(1, config.total_batch_size // config.block_size)  # rows per step
+    n = max(N_PROCESSES, config.total_batch_size // config.block_size)  # rows per step
     steps_per_epoch = max(1, n_rows // n)
     epoch, i = divmod(step, steps_per_epoch)
     return epoch, shuffled(n_rows, config.seed, epoch)[i * n : (i + 1) * n]
@@ -273,113 +249,16 @@ def shuffled(n_rows, seed, epoch):
 
 def make_batch(rows):
     """Rows (x, y) as one batch. Shorter ones are padded at the end: the causal mask hides these
-    inputs from all tokens before them, and these targets, -100, do not count."""
+    inputs from all tokens before them, and PyTorch's cross_entropy() leaves out targets of -100."""
     xs, ys = zip(*rows)
     pad = nn.utils.rnn.pad_sequence
     return pad(xs, batch_first=True), pad(ys, batch_first=True, padding_value=-100)
-
-
-# Stanford Alpaca's prompt (Taori et al. 2023): a text that is likely to go on with a response.
-TEMPLATE = """Below is an instruction that describes a task{context}. \
-Write a response that appropriately completes the request.
-
-### Instruction:
-{instruction}{input_part}
-
-### Response:
-"""
-
-
-def make_prompt(record):
-    parts = dict(instruction=record["instruction"], context="", input_part="")
-    if record["input"].strip():
-        parts["context"] = ", paired with an input that provides further context"
-        parts["input_part"] = f"\n\n### Input:\n{record['input']}"
-    return TEMPLATE.format(**parts)
-
-
-def encode_record(record, tokenizer):
-    """Inputs x and targets y of a record, both (T,)."""
-    prompt = tokenizer.encode(make_prompt(record))
-    response = tokenizer.encode(record["output"]) + [tokenizer.end_of_text]
-    tokens = torch.tensor(prompt + response)
-    y = tokens[1:].clone()
-    # Targets are one token ahead: the last token of the prompt already has to predict the response.
-    y[: len(prompt) - 1] = -100
-    return tokens[:-1], y
-
-
-def read_records(path):
-    """A JSON list of {"instruction": ..., "input": ..., "output": ...}, without empty outputs."""
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        for record in records:
-            record.setdefault("input", "")
-            for name in ("instruction", "input", "output"):  # they may be null, or a number
-                record[name] = "" if record[name] is None else str(record[name])
-        return [record for record in records if record["output"] != ""]
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
-        raise ValueError(f"{path} is not a list of records with instruction and output") from None
-
-
-def load_instructions(config, tokenizer):
-    """Training data (90%), validation data (10%; with --eval_only, all) and the tokenizer. If there
-    is none yet, it is learned from the training part."""
-    records = read_records(config.instructions)
-    np.random.default_rng(config.seed).shuffle(records)
-    n_val = len(records) if config.eval_only else len(records) // 10
-    if tokenizer is None:
-        texts = [make_prompt(record) + record["output"] for record in records[n_val:]]
-        tokenizer = train_bpe("\n".join(texts), config.vocab_size)
-    train_data = InstructionData(records[n_val:], tokenizer, config)
-    val_data = InstructionData(records[:n_val], tokenizer, config)
-    print(f"{len(train_data.rows)} of {len(records) - n_val} records to train on and "
-          f"{len(val_data.rows)} of {n_val} to validate on fit into block_size")
-    if not val_data.rows or not (train_data.rows or config.eval_only):
-        raise ValueError("too few records, or a block_size that is too short for them")
-    return train_data, val_data, tokenizer
-
-
-def load_tokens(config, tokenizer):
-    """Training data (the first 90% of a text), validation data (the rest; with --eval_only, all)
-    and the tokenizer, as above. A folder's files (16-bit integers) can exceed the memory."""
-    if os.path.isdir(config.data):
-        gpt2 = gpt2_tokenizer()
-        same = tokenizer is None or tokenizer.tokens == gpt2.tokens
-        if config.vocab_size != len(gpt2.tokens) or not same:
-            raise ValueError(f"{config.data} has GPT-2's tokens, not those of another vocabulary")
-        tokenizer = gpt2
-        train_tokens = np.memmap(f"{config.data}/train.bin", dtype="<u2", mode="r")
-        val_tokens = np.memmap(f"{config.data}/val.bin", dtype="<u2", mode="r")
-    else:
-        text = load_text(config.data)
-        n = int(0.9 * len(text))
-        texts = [text, text] if config.eval_only else [text[:n], text[n:]]
-        tokenizer = tokenizer or train_bpe(texts[0], config.vocab_size)
-        train_tokens, val_tokens = [
-            np.array(tokenizer.encode(part, find_end=True)) for part in texts]
-    if not config.eval_only:
-        print(f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate on")
-    return TextData(train_tokens, config), TextData(val_tokens, config), tokenizer
 
 # ---- Model --------------------------------------------------------------------------------------
 
 # In the shapes below, B is the batch size, T the number of tokens in a sequence, and C = n_embd.
 # Inside the model every token is a vector of C numbers: x is (B, T, C) from beginning to end.
-# nn.LayerNorm shifts and scales the vector to mean 0 and variance 1, and applies a learned gain and
-# bias. nn.GELU is a smooth max(0, x). (char_gpt.py writes them out.)
-
-def attention(q, k, v):
-    """Lets every token gather information from itself and from the tokens before it. The dot
-    products of its query (what it looks for) with their keys (what they offer) are scores. Softmax
-    turns these into weights that sum to 1. The result is the weighted mean of their values (what
-    they pass on). All are (B, n_head, T, head_size). Vaswani et al. 2017, section 3.2.1."""
-    T, head_size = q.shape[-2:]
-    scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T)
-    # The causal mask: no token may see the ones after it, or it would see what it has to predict.
-    visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # column <= row
-    return scores.masked_fill(~visible, -math.inf).softmax(dim=-1) @ v
-
+# Layer norm, GELU and attention are PyTorch's here; char_gpt.py writes them out.
 
 class Cache:
     """The keys and values that a block has computed so far. No token sees the ones after it, so
@@ -407,7 +286,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head != 0:
-            raise ValueError(f"--n_head {config.n_head} does not divide --n_embd {config.n_embd}")
+            raise UserError(f"--n_head {config.n_head} does not divide --n_embd {config.n_embd}")
         self.n_head = config.n_head
         # nn.Linear multiplies by a learned matrix and adds a learned bias. The names are OpenAI's.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
@@ -424,12 +303,8 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, head_size).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_head, S, head_size): those of earlier tokens, too
-        if T == 1:  # a single token, the last one of S, sees all of them: there is nothing to mask
-            y = F.scaled_dot_product_attention(q, k, v)
-        elif q.dtype == torch.bfloat16 and q.device.type == "cpu" and T <= 512:
-            y = attention(q, k, v)  # faster there than PyTorch's attention
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        # is_causal: with the causal mask. A single token, the last of S, sees all of them.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, n_head, T, head_size)
         y = y.transpose(1, 2).reshape(B, T, C)  # puts the heads' results side by side again
         return self.c_proj(y)
 
@@ -475,9 +350,6 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.context_size = config.block_size
-        # What came before each text in training. sample.py puts it before a text whose first token
-        # is to be predicted, too.
-        self.text_before = "\n"
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
@@ -509,9 +381,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, **settings):
-        """For use from Python: a trained model, one of SIZES, a folder in Hugging Face's format or
-        a checkpoint. ValueError: it is damaged. OSError: it cannot be downloaded."""
-        return load_pretrained(name_or_path, {}, settings)[0].eval()
+        """For use from Python: a trained model, one of SIZES or a checkpoint."""
+        checkpoint = load_pretrained(name_or_path)
+        config = GPTConfig(**checkpoint["config"] | settings)
+        return build_model(checkpoint, config).eval()
 
     def forward(self, idx, targets=None, caches=None):
         """Tokens idx (B, T) to logits (B, T, vocab_size); with targets (B, T), also the loss. With
@@ -565,7 +438,7 @@ def generate(model, idx, max_new_tokens, choose=sample):
 # ---- Optimizers ---------------------------------------------------------------------------------
 
 class Optimizer:
-    """What Adam and Muon have in common: stacks of parameters of equal shape, running means of their
+    """What Adam and Muon have in common: parameters in stacks of equal shape, running means of the
     gradients, and weight decay. (char_gpt.py explains all this, and both optimizers.)"""
     def __init__(self, params, learning_rate, weight_decay=0.0):
         self.learning_rate = learning_rate
@@ -695,12 +568,12 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     n_targets = (y != -100).sum()  # in the whole step
     xs = x[RANK::N_PROCESSES].split(config.batch_size)  # this process's share, in batches
     ys = y[RANK::N_PROCESSES].split(config.batch_size)
-    for x, y in zip(xs, ys):
+    for batch_x, batch_y in zip(xs, ys):
         # Mixed precision: matrix products in bfloat16 where that is faster. It has float32's range,
         # but fewer digits. The weights stay in float32, or rounding would swallow small updates.
         with autocast:
-            _, loss = model(x, y)
-        loss = loss * (y != -100).sum() / n_targets  # its part of the mean over the whole step
+            _, loss = model(batch_x, batch_y)
+        loss = loss * (batch_y != -100).sum() / n_targets  # its part of the mean over the step
         loss.backward()
         total_loss += loss.detach()
     if N_PROCESSES > 1:
@@ -709,7 +582,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     # Gradient clipping shortens long ones: an unusual batch must not distort the optimizers' means.
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
-        raise ValueError(f"infinite gradient in step {step + 1}: try lower learning rates")
+        raise UserError(f"infinite gradient in step {step + 1}: try lower learning rates")
     for optimizer in optimizers:
         optimizer.step(multiplier)
     return total_loss.item()
@@ -747,10 +620,9 @@ def show_progress(step, loss, n_tokens, progress, started):
     """A line on the terminal that is overwritten at each step."""
     if sys.stderr.isatty():
         seconds = time.perf_counter() - started
-        speed = n_tokens / seconds
         left = (seconds / progress - seconds) / 60
-        text = f"step {step}: loss {loss:.3f}, {speed:,.0f} tokens/s, {left:.1f} minutes left"
-        print(text, end=" \r", file=sys.stderr, flush=True)
+        text = f"loss {loss:.3f}, {n_tokens / seconds:,.0f} tokens/s, {left:.1f} minutes left"
+        print(f"step {step}: {text}", end=" \r", file=sys.stderr, flush=True)
 
 
 def save(checkpoint, started, model, optimizers, path):
@@ -759,7 +631,7 @@ def save(checkpoint, started, model, optimizers, path):
     that was stopped and resumed ends exactly like one that was not."""
     step, n_read, _, val_loss = checkpoint["history"][-1]
     if not math.isfinite(val_loss):
-        raise ValueError(f"validation loss {val_loss} after step {step}: try lower learning rates")
+        raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = copy.deepcopy(model).cpu().state_dict()
     checkpoint["last"] = dict(
@@ -791,8 +663,7 @@ def bytes_per_token(data, tokenizer):
 
 
 def describe(loss, bytes_per_token):
-    """Adds the perplexity (a uniform guess among that many tokens has the same loss) and bits per
-    byte, to compare vocabularies: longer tokens are harder to guess, but there are fewer."""
+    """With the perplexity (a uniform guess among so many tokens has the same loss) and bits/byte."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits/byte)"
 
@@ -809,6 +680,86 @@ def report(checkpoint, model, tokenizer, val_data, config):
         new_ids = (new.item() for new in generate(model, idx, 60))
         ids += itertools.takewhile(lambda token: token != tokenizer.end_of_text, new_ids)
         print("    | " + tokenizer.decode(ids).strip().replace("\n", "\n    | "))
+
+# ---- Instructions -------------------------------------------------------------------------------
+
+# Stanford Alpaca's prompt (Taori et al. 2023): a text that is likely to go on with a response.
+TEMPLATE = """Below is an instruction that describes a task{context}. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+{instruction}{input_part}
+
+### Response:
+"""
+
+
+def make_prompt(record):
+    parts = dict(instruction=record["instruction"], context="", input_part="")
+    if record["input"].strip():
+        parts["context"] = ", paired with an input that provides further context"
+        parts["input_part"] = f"\n\n### Input:\n{record['input']}"
+    return TEMPLATE.format(**parts)
+
+
+def encode_record(record, tokenizer):
+    """Inputs x and targets y of a record, both (T,)."""
+    prompt = tokenizer.encode(make_prompt(record))
+    response = tokenizer.encode(record["output"]) + [tokenizer.end_of_text]
+    tokens = torch.tensor(prompt + response)
+    y = tokens[1:].clone()
+    # Targets are one token ahead: the last token of the prompt already has to predict the response.
+    y[: len(prompt) - 1] = -100
+    return tokens[:-1], y
+
+
+def read_records(path):
+    """A JSON list of {"instruction": ..., "input": ..., "output": ...}, without empty outputs."""
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        for record in records:
+            record.setdefault("input", "")
+            for name in ("instruction", "input", "output"):  # they may be null, or a number
+                record[name] = "" if record[name] is None else str(record[name])
+        return [record for record in records if record["output"] != ""]
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+        raise UserError(f"{path} is not a list of records with instruction and output") from None
+
+
+class InstructionData:
+    """In place of TextData: instructions with responses; each record is a row. The model is to
+    learn to respond, not to ask: only the response counts, and the end-of-text token after it."""
+    def __init__(self, records, tokenizer, config):
+        self.config = config
+        self.prompts = [make_prompt(record) for record in records[:3]]
+        self.hash = hashlib.sha256(json.dumps(records).encode()).hexdigest()
+        rows = [encode_record(record, tokenizer) for record in records]
+        self.rows = [(x, y) for x, y in rows if len(x) <= config.block_size]
+
+    def training_batch(self, step):
+        _, chosen = pick_rows(len(self.rows), step, self.config)
+        return make_batch([self.rows[n] for n in chosen])
+
+    def evaluation_batches(self):
+        for i in range(0, len(self.rows), self.config.batch_size):
+            yield make_batch(self.rows[i : i + self.config.batch_size])
+
+
+def load_instructions(config, tokenizer):
+    """Training data (90%), validation data (10%; with --eval_only, all) and the tokenizer."""
+    records = read_records(config.instructions)
+    np.random.default_rng(config.seed).shuffle(records)
+    n_val = len(records) if config.eval_only else len(records) // 10
+    if tokenizer is None:
+        texts = [make_prompt(record) + record["output"] for record in records[n_val:]]
+        tokenizer = train_bpe("\n".join(texts), config.vocab_size)
+    train_data = InstructionData(records[n_val:], tokenizer, config)
+    val_data = InstructionData(records[:n_val], tokenizer, config)
+    print(f"{len(train_data.rows)} of {len(records) - n_val} records to train on and "
+          f"{len(val_data.rows)} of {n_val} to validate on fit into block_size")
+    if not val_data.rows or not (train_data.rows or config.eval_only):
+        raise UserError("too few records, or a block_size that is too short for them")
+    return train_data, val_data, tokenizer
 
 # ---- Published weights --------------------------------------------------------------------------
 
@@ -840,48 +791,33 @@ def find_weights(name):
     return path
 
 
-def load_pretrained(name_or_path, settings, flags):
-    """A trained model, and its tokenizer (None if it is GPT-2's own). Settings and flags are fields
-    of GPTConfig. The model has its own sizes; only block_size may be smaller."""
-    path = find_weights(name_or_path) if name_or_path in SIZES else Path(name_or_path)
-    try:
-        tokens = None
-        checkpoint = {}
-        if name_or_path in SIZES:
-            sizes = SIZES[name_or_path]
-            state = read_safetensors(path)
-        elif path.is_dir():
-            sys.path.append(str(DATA))
-            import hugging_face  # data/hugging_face.py reads any folder in Hugging Face's format
-            sizes, state, tokens = hugging_face.read_folder(path)
-        else:
-            checkpoint = load_checkpoint(path, "bpe_gpt")
-            sizes = {name: checkpoint["config"][name] for name in SIZE_NAMES}
-            state = checkpoint["model"]
-            tokens = checkpoint["vocab"]
-        wpe = state["transformer.wpe.weight"]
-        config = GPTConfig(**settings | {"block_size": len(wpe)} | sizes | flags)
-        if config.n_head != sizes["n_head"]:  # of the sizes, the only one not seen in the weights
-            raise ValueError(f"--n_head is {sizes['n_head']} in this model")
+def load_pretrained(name):
+    """The checkpoint of a trained model; of a published model, those parts that it has."""
+    if name in SIZES:
+        return dict(config=vars(GPTConfig(**SIZES[name])), text_before=END_OF_TEXT,
+                    model=read_safetensors(find_weights(name)), vocab=gpt2_tokenizer().tokens)
+    if os.path.isdir(name):
+        raise UserError(f"convert this folder: python data/hugging_face.py {name} out/x.pt")
+    return load_checkpoint(name, "bpe_gpt")
+
+
+def build_model(checkpoint, config):
+    """The model in a checkpoint. If block_size is smaller, it has the first positions only."""
+    if config.n_head != checkpoint["config"]["n_head"]:  # the weights do not show this
+        raise UserError(f"--n_head is {checkpoint['config']['n_head']} in this model")
+    state = dict(checkpoint["model"])
+    wpe = state.get("transformer.wpe.weight")
+    if wpe is not None:
         state["transformer.wpe.weight"] = wpe[: config.block_size].clone()
+    with torch.device("meta"):  # makes no parameters: the tensors of state take their places
+        model = GPT(config)
+    is_tied = model.lm_head.weight is model.transformer.wte.weight
+    if is_tied:
         state["lm_head.weight"] = state["transformer.wte.weight"]
-        with torch.device("meta"):  # makes no parameters: the tensors of state take their places
-            model = GPT(config)
-        model.load_state_dict(state, assign=True)  # strict: none may be missing, none left over
+    model.load_state_dict(state, assign=True)
+    if is_tied:
         model.lm_head.weight = model.transformer.wte.weight
-        model.text_before = checkpoint.get("text_before", END_OF_TEXT)
-        return model, BPETokenizer(tokens) if tokens else None
-    except Exception as error:  # there are many ways in which a damaged file can fail to load
-        reason = " ".join(str(error).split())  # on one line
-        raise ValueError(f"cannot load {path}: {type(error).__name__}: {reason:.300}") from None
-
-
-def find_tokenizer(model, tokenizer):
-    """The tokenizer that came with the model, or else GPT-2's."""
-    tokenizer = tokenizer or gpt2_tokenizer()
-    if len(tokenizer.tokens) != model.config.vocab_size:
-        raise ValueError(f"the model needs a vocabulary of {model.config.vocab_size} tokens")
-    return tokenizer
+    return model
 
 
 def read_safetensors(path):
@@ -889,11 +825,15 @@ def read_safetensors(path):
     of the header; the header, in JSON, which says where each tensor lies; and the numbers."""
     data = np.memmap(path, np.uint8, mode="c")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
+    header.pop("__metadata__", None)  # a comment
+    if len(data) - start != max(entry["data_offsets"][1] for entry in header.values()):
+        raise UserError(f"{path} is damaged: delete it, to download it again")
     state = {}
-    for name, entry in json.loads(data[8:start].tobytes()).items():
+    for name, entry in header.items():
         name = "transformer." + name.removeprefix("transformer.")
-        if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight", "__metadata__")):
-            continue  # causal masks, which are not learned; another name of wte; a comment
+        if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+            continue  # causal masks, which are not learned; another name of wte
         begin, end = entry["data_offsets"]
         tensor = torch.from_numpy(data[start + begin : start + end])
         tensor = tensor.view(DTYPES[entry["dtype"]]).view(entry["shape"])
@@ -909,6 +849,10 @@ def read_safetensors(path):
 DATA = Path(__file__).resolve().parent / "data"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+class UserError(ValueError):
+    """A mistake of the user's. It is shown as one line; all other errors show where they arose."""
 
 
 @contextmanager
@@ -932,36 +876,38 @@ def replacing(path):
 
 def load_text(path):
     """The text file at path; by default Tiny Shakespeare or, without a network, our own play."""
-    if path:
-        return Path(path).read_text(encoding="utf-8")
-    path = DATA / "tinyshakespeare.txt"
-    if not path.exists():
+    default = DATA / "tinyshakespeare.txt"
+    if not path and not default.exists():
         try:
             DATA.mkdir(exist_ok=True)
             socket.setdefaulttimeout(30)  # seconds to wait for an answer
-            torch.hub.download_url_to_file(URL, str(path), SHA256, progress=False)
+            torch.hub.download_url_to_file(URL, str(default), SHA256, progress=False)
         except Exception as error:  # there are many ways in which a download can fail
-            print(f"cannot download Tiny Shakespeare ({error}): using data/the-glass-harbour.txt")
-            path = DATA / "the-glass-harbour.txt"
-    return path.read_text(encoding="utf-8")
+            default = DATA / "the-glass-harbour.txt"
+            print(f"cannot download Tiny Shakespeare ({error}): using data/{default.name}")
+    try:
+        return Path(path or default).read_text(encoding="utf-8-sig")  # without a byte order mark
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not in UTF-8: save it in this encoding") from None
 
 
 def load_checkpoint(path, *scripts):
     """The checkpoint at path, saved by one of scripts. (weights_only: it cannot contain code.)"""
+    mmap = os.name != "nt"  # read a tensor when it is needed; Windows could not replace the file
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["written_by"] in scripts:
-            return checkpoint
-    except Exception:  # there are many ways in which a damaged file can fail to load
-        pass
-    raise ValueError(f"{path} is missing, damaged or not written by this {' or '.join(scripts)}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is no checkpoint, or damaged: {error!s:.100}") from None
+    if checkpoint.get("written_by") not in scripts:
+        raise UserError(f"{path} was not written by this {' or '.join(scripts)}")
+    return checkpoint
 
 
 def parse_flags(Config):
     """Makes every field of Config a flag, as in --max_iters 100. Returns those given, as a dict."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--setting value ...]", argument_default=argparse.SUPPRESS,
-        description=f"{__doc__}\n{inspect.getsource(Config)}",
+        allow_abbrev=False, description=f"{__doc__}\n{inspect.getsource(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Config):
         switch = {"action": argparse.BooleanOptionalAction}  # such as --full and --no-full
@@ -969,115 +915,133 @@ def parse_flags(Config):
         parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
     flags = vars(parser.parse_args())
     if "out" in flags and not flags["out"].endswith(".pt"):
-        raise ValueError(f"--out {flags['out']}: the name of a checkpoint must end in .pt")
+        raise UserError(f"--out {flags['out']}: the name of a checkpoint must end in .pt")
     return flags
 
 
 def pick_device(name):
     best = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, or None
     if name != "auto" and name.split(":")[0] not in ("cpu", best and best.type):
-        raise ValueError(f"--device {name}: PyTorch has no such device here")
+        raise UserError(f"--device {name}: PyTorch has no such device here")
     return torch.device(name if name != "auto" else best or "cpu")
 
 
 def pick_dtype(name, device):
     """The type of matrix products: bfloat16 where the hardware makes that faster than float32."""
-    if name in ("float32", "bfloat16"):
-        return getattr(torch, name)
-    if name != "auto":
-        raise ValueError(f"--dtype {name}: it must be float32, bfloat16 or auto")
-    if device.type == "cuda":
+    if name not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype {name}: it must be float32, bfloat16 or auto")
+    if name == "auto" and device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and fast) else torch.float32
 
 
 def join_processes(device):
     if N_PROCESSES > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", RANK)))
-        # They meet in a store that outlives a restart: the prefix tells new entries from old ones.
-        store, _, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(store=store, rank=RANK, world_size=N_PROCESSES)
+        dist.init_process_group()
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
 
 
-def new_or_trained(flags, device):
-    """What a run starts from: configuration, checkpoint, model, tokenizer; None for what is new."""
-    config = GPTConfig(**flags)
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
-    small = device.type != "cuda" and not config.full
-    settings = CPU_SETTINGS if small else {}
+def load_tokens(config, tokenizer):
+    """Training data (the first 90% of a text), validation data (the rest; with --eval_only, all)
+    and the tokenizer. The files in a folder, of 16-bit integers, may be larger than the memory."""
     if os.path.isdir(config.data):
-        settings = settings | {"vocab_size": GPTConfig.vocab_size}  # the folder has GPT-2's tokens
-    if config.init:
-        settings = FINE_TUNING_SETTINGS
-    if config.instructions:
-        settings = settings | INSTRUCTION_SETTINGS  # of two dicts, the second wins
-    if config.eval_only and not config.init:
-        raise ValueError("--eval_only needs --init, the model to be evaluated")
-    name = config.init
-    checkpoint = None
-    if config.resume and Path(config.out).exists() and not config.eval_only:
-        name = config.out
-        checkpoint = load_checkpoint(name, "bpe_gpt")
-        settings = checkpoint["config"] | {"device": "auto", "out": name}
-        flags.pop("vocab_size", None)  # settled when the run began, by what its text allowed
-    if name:
-        model, tokenizer = load_pretrained(name, settings, flags)
-        return model.config, checkpoint, model, find_tokenizer(model, tokenizer)
-    if small:
-        print("training a small model, as on anything but a CUDA GPU; --full trains GPT-2 124M")
-    config = GPTConfig(**settings | flags)
-    tokenizer = gpt2_tokenizer() if config.vocab_size == GPTConfig.vocab_size else None
-    return config, checkpoint, None, tokenizer
+        tokenizer = tokenizer or gpt2_tokenizer()
+        if len(tokenizer.tokens) != 50257:
+            raise UserError(f"{config.data} has GPT-2's tokens, not those of another vocabulary")
+        parts = [np.memmap(f"{config.data}/{name}.bin", "<u2", "r") for name in ("train", "val")]
+    else:
+        text = load_text(config.data)
+        n = int(0.9 * len(text))
+        texts = [text, text] if config.eval_only else [text[:n], text[n:]]
+        tokenizer = tokenizer or train_bpe(texts[0], config.vocab_size)
+        parts = [np.array(tokenizer.encode(part, {END_OF_TEXT})) for part in texts]
+    train_data, val_data = [TextData(tokens, config) for tokens in parts]
+    if not config.eval_only:
+        print(f"{len(parts[0]):,} tokens to train on, {len(parts[1]):,} to validate on")
+    return train_data, val_data, tokenizer
+
+
+def choose_settings(flags, device, resumed, trained):
+    """The settings of a run. Where several of these lines set the same, the last one counts."""
+    given = GPTConfig(**flags)  # the defaults, and the flags
+    settings = {}
+    if device.type != "cuda" and not given.full and not given.init:
+        settings |= CPU_SETTINGS
+    if os.path.isdir(given.data):
+        settings |= {"vocab_size": GPTConfig.vocab_size}  # the folder has GPT-2's tokens
+    if given.init:
+        settings |= FINE_TUNING_SETTINGS
+    if given.instructions:
+        settings |= INSTRUCTION_SETTINGS
+    if given.init and not resumed:
+        settings |= {name: trained["config"][name] for name in SIZE_NAMES}
+    if resumed:
+        settings |= trained["config"] | {"device": given.device, "out": given.out}
+    settings |= flags
+    changed = [f"{n} {x}" for n, x in settings.items() if x != getattr(GPTConfig, n)]
+    print(f"settings that are not the defaults: {', '.join(changed)}")
+    return GPTConfig(**settings)
+
+
+def new_checkpoint(config, tokenizer, train_data, val_data, trained):
+    before = END_OF_TEXT if os.path.isdir(config.data) else "\n"
+    return dict(
+        written_by="bpe_gpt", config=vars(config), vocab=tokenizer.tokens,
+        text_before=trained["text_before"] if trained else before,  # what each text came after
+        bytes_per_token=[bytes_per_token(data, tokenizer) for data in (train_data, val_data)],
+        must_match=[train_data.hash, config.block_size, config.muon_learning_rate > 0],
+        history=[],  # of each evaluation: step, tokens read, training and validation loss
+        model={},  # the weights with the lowest validation loss so far
+        last=dict(step=0, n_read=0, seconds=0))  # what the next step depends on: see save()
 
 
 def main():
     if hasattr(sys.stdout, "reconfigure"):  # print any character, and each line at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
-    device = pick_device(flags.get("device", "auto"))
+    config = GPTConfig(**flags)
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
+    device = pick_device(config.device)
     join_processes(device)
-    config, checkpoint, model, tokenizer = new_or_trained(flags, device)
+    if config.eval_only and not config.init:
+        raise UserError("--eval_only needs --init, the model to be evaluated")
+    trained = load_pretrained(config.init) if config.init else None
+    resumed = config.resume and Path(config.out).exists() and not config.eval_only
+    if resumed:
+        trained = load_checkpoint(config.out, "bpe_gpt")
+    config = choose_settings(flags, device, resumed, trained)
+    tokenizer = None  # to be learned from the data
+    if trained:
+        tokenizer = BPETokenizer(trained["vocab"])
+    elif config.vocab_size == GPTConfig.vocab_size:
+        tokenizer = gpt2_tokenizer()
     load_data = load_instructions if config.instructions else load_tokens
     train_data, val_data, tokenizer = load_data(config, tokenizer)
     config.vocab_size = V = len(tokenizer.tokens)
-    if model is None:
-        torch.manual_seed(config.seed)  # of the initial weights
-        model = GPT(config)
-        if os.path.isdir(config.data):  # many texts: before each is the end of another
-            model.text_before = END_OF_TEXT
-    model.to(device)
+    torch.manual_seed(config.seed)  # of the initial weights
+    model = (build_model(trained, config) if trained else GPT(config)).to(device)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    print(f"on {device} in {dtype}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    if checkpoint is None:
-        n_bytes = bytes_per_token(val_data, tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device} in {dtype}")
+    checkpoint = new_checkpoint(config, tokenizer, train_data, val_data, trained)
+    if not resumed:
         with autocast:
-            loss = describe(evaluate(model, val_data), n_bytes)
-        name = "loss" if config.eval_only else "val loss"
-        print(f"{name} {loss}; a uniform guess: ln({V}) = {math.log(V):.4f}")
+            loss = describe(evaluate(model, val_data), checkpoint["bytes_per_token"][1])
+        part = "" if config.eval_only else "val "
+        print(f"{part}loss {loss}; a uniform guess: ln({V}) = {math.log(V):.4f}")
+    elif checkpoint["must_match"] != trained["must_match"]:
+        raise UserError(f"--resume: {config.out} began with other data, block_size or optimizers")
+    else:
+        checkpoint = trained | {"config": vars(config)}
     if config.eval_only:
         return
-    n_rows = len(train_data.training_batch(0)[0])
-    if n_rows < N_PROCESSES:
-        raise ValueError(f"--total_batch_size must be at least {N_PROCESSES * config.block_size}")
-    must_match = {"block_size": config.block_size, "data": train_data.hash}
-    must_match["use of Muon"] = config.muon_learning_rate > 0
-    if checkpoint is None:
-        checkpoint = dict(written_by="bpe_gpt", history=[], last=dict(step=0, n_read=0, seconds=0),
-                          vocab=tokenizer.tokens, text_before=model.text_before,
-                          bytes_per_token=[bytes_per_token(train_data, tokenizer), n_bytes],
-                          must_match=must_match)
-    changed = [name for name in must_match if must_match[name] != checkpoint["must_match"][name]]
-    if changed:
-        raise ValueError(f"--resume: {config.out} began with another {' and '.join(changed)}")
-    print(f"from step {checkpoint['last']['step']}: {n_rows} x {config.block_size} tokens per step")
-    checkpoint["config"] = vars(config)
+    per_step = len(train_data.training_batch(0)[0]) * config.block_size
+    print(f"from step {checkpoint['last']['step']}: {per_step:,} tokens per step")
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)
     step, _, _, best = min(checkpoint["history"], key=lambda entry: entry[3])
     print(f"best val loss {best:.4f} at step {step}; next: python sample.py {config.out}")
@@ -1086,7 +1050,11 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+    except (OSError, UserError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        sys.exit("error: out of memory; lower --batch_size, then --block_size")
     except KeyboardInterrupt:
         sys.exit("stopped; if this run has been evaluated, --resume continues from there")

@@ -22,6 +22,7 @@ import hashlib
 import inspect
 import math
 import os
+import pickle
 import socket
 import sys
 import time
@@ -62,8 +63,7 @@ class GPTConfig:
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/char_gpt.pt"  # checkpoint, for sample.py and --resume
 
-# What a CPU trains unless told otherwise: a smaller model, in 3.5 minutes. It overfits less, and so
-# needs less weight decay.
+# What a CPU trains unless told otherwise: a smaller model, in 3.5 minutes. (It overfits less.)
 CPU_SETTINGS = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, weight_decay=0.1,
                     max_iters=2100, eval_interval=300)
 
@@ -81,7 +81,7 @@ class CharTokenizer:
     def encode(self, text):
         unknown = set(text) - set(self.chars)
         if unknown:
-            raise ValueError(f"characters that are not in the vocabulary: {sorted(unknown)}")
+            raise UserError(f"characters that are not in the vocabulary: {sorted(unknown)}")
         return [self.stoi[char] for char in text]
 
     def decode(self, ids):
@@ -93,7 +93,7 @@ def split_data(data, config):
     memorizing the text (overfitting). Only text it has never seen shows what it has learned."""
     n = int(0.9 * len(data))
     if len(data) - n <= config.block_size:
-        raise ValueError(f"{len(data)} characters are too few for --block_size {config.block_size}")
+        raise UserError(f"{len(data)} characters are too few for --block_size {config.block_size}")
     return data[:n], data[n:]
 
 
@@ -174,9 +174,9 @@ def attention(q, k, v):
     q, k, v and the result are (B, n_head, T, head_size): there are n_head such tables for each
     sequence, as CausalSelfAttention explains. Vaswani et al. 2017, section 3.2.1."""
     T, head_size = q.shape[-2:]
-    # The standard deviation of a sum of head_size independent terms is sqrt(head_size) times that
-    # of one term. Dividing by it keeps the scores small, however long the vectors are. Large scores
-    # would push the softmax towards 0 and 1, where its gradient vanishes.
+    # A sum of head_size independent terms has sqrt(head_size) times the standard deviation of one.
+    # Without this division, the scores would be large, and push the softmax towards 0 and 1, where
+    # its gradient vanishes.
     scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T)
     # The causal mask: no token may see the ones after it, or it would see what it has to predict.
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # column <= row
@@ -190,7 +190,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head != 0:
-            raise ValueError(f"--n_head {config.n_head} does not divide --n_embd {config.n_embd}")
+            raise UserError(f"--n_head {config.n_head} does not divide --n_embd {config.n_embd}")
         self.n_head = config.n_head
         self.by_hand = config.by_hand
         # nn.Linear multiplies by a learned matrix and adds a learned bias. The names are OpenAI's.
@@ -232,9 +232,9 @@ class Block(nn.Module):
     """Attention, then the MLP. Each adds its result to x instead of replacing it. So x is a stream
     that runs through all blocks, the residual stream, from which they read and to which they write.
 
-    This is what makes deep models trainable (He et al. 2015). The derivative of x + f(x) is
-    1 + f'(x), and through the 1 the gradient reaches every block undiminished. Layer norm is
-    only for what attention and MLP read. On the stream, it would rescale the gradient each time."""
+    This makes deep models trainable (He et al. 2015): the derivative of x + f(x) is 1 + f'(x), and
+    through the 1 the gradient reaches every block undiminished. Layer norm is only for what
+    attention and MLP read. On the stream, it would rescale the gradient each time."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config)
@@ -249,8 +249,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019). The names are OpenAI's, as the Transformers library has them:
-    the first parameter of the first block, for example, is transformer.h.0.ln_1.weight."""
+    """GPT-2 (Radford et al. 2019). The parameters have the names that Transformers gives them."""
     def __init__(self, config):
         super().__init__()
         self.context_size = config.block_size
@@ -269,9 +268,8 @@ class GPT(nn.Module):
         self.initialize(config)
 
     def initialize(self, config):
-        """Random weights: if all were equal, the numbers in a layer would all be the same, get the
-        same gradients and stay the same. Small ones (0.02 is GPT-2's choice; for positions it has
-        0.01) give small scores, almost a uniform guess."""
+        """Random weights: if all were equal, all numbers in a layer would get equal gradients and
+        stay equal. Small ones (GPT-2 has 0.02, for positions 0.01) give almost a uniform guess."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -299,14 +297,10 @@ class GPT(nn.Module):
         # The loss of bigram.py. PyTorch's function takes (N, vocab_size) and (N,), with N = B * T.
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-# What it costs. Parameters: a block has 12 C^2, 3 C^2 of them for queries, keys and values, C^2 for
-# c_proj and 8 C^2 for the MLP. At C = 384, six blocks have 10.62 of the 10.77 million.
-# Operations: each token is multiplied by every matrix, which takes 2 operations per parameter (one
-# multiplication, one addition), and backward() takes 4, for two gradients. Attention adds 4 T C per
-# token and block, for T scores and a mean of T values: at T = 256, a tenth of the rest.
-# Memory: 4 bytes for each parameter, its gradient and its means in the optimizer, and for each
-# number between input and loss that backward() needs (2 bytes if it is in bfloat16). attention(),
-# as it is written here, also needs its B * n_head * T * T scores; PyTorch's does not keep them.
+# What it costs. A block has 12 C^2 parameters: 4 C^2 for attention, 8 C^2 for the MLP. To predict a
+# token takes 2 operations per parameter of a matrix, and 4 T C per block for attention; backward()
+# takes twice as many. Memory: 4 bytes for each parameter, its gradient and its means in the
+# optimizer, and 4, or 2 in bfloat16, for each number on the way that backward() needs.
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -329,14 +323,12 @@ def generate(model, idx, max_new_tokens, choose=sample):
 # ---- Optimizers ---------------------------------------------------------------------------------
 
 class Optimizer:
-    """What Adam and Muon have in common. Plain gradient descent, as in bigram.py, has one learning
-    rate for all parameters, but some gradients are a thousand times as large as others. Here,
-    update() decides how each parameter moves. It uses running means of the gradients, since each of
-    them comes from one batch only. Weight decay also shrinks the parameters a little in each step,
-    so that only what the gradients keep asking for becomes large.
-
-    Parameters of equal shape are stacked, and go through each operation together: on a GPU, many
-    small operations take longer than a few large ones."""
+    """What Adam and Muon have in common. Plain gradient descent has one learning rate for all, but
+    some parameters have gradients a thousand times as large as others. Here, update() decides how
+    each of them moves, by running means of its gradients, since a single one comes from one batch.
+    Weight decay also shrinks the parameters a little in each step, so that only what the gradients
+    keep asking for becomes large. Parameters of equal shape are stacked, so that one operation
+    works on all of them: on a GPU, many small ones take longer than a few large ones."""
     def __init__(self, params, learning_rate, weight_decay=0.0):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -353,7 +345,7 @@ class Optimizer:
         learning_rate = multiplier * self.learning_rate
         self.n_steps += 1
         for params, means in zip(self.stacks, self.means):
-            # A parameter that the model does not use has no gradient (None).
+            # The gradient is None if the model does not use the parameter.
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             updates = self.update(torch.stack(grads), means)  # (number of parameters, *shape)
             for p, update in zip(params, learning_rate * updates):
@@ -362,10 +354,10 @@ class Optimizer:
 
 
 class Adam(Optimizer):
-    """Adam (Kingma & Ba 2015) keeps two running means for each number: m, of its gradient, and v,
-    of the square of its gradient. The update is m / sqrt(v). If the gradient is always g, this is
-    g / |g|, which is 1 or -1: a step is as long as the learning rate says, however large or small g
-    is. If the gradient keeps changing its sign, m is near 0, and the number hardly moves. With this
+    """Keeps two running means for each number: m, of its gradient, and v, of the square of its
+    gradient. The update is m / sqrt(v). If the gradient is always g, this is g / |g|, which is 1 or
+    -1: a step is as long as the learning rate says, however large or small g is. If the gradient
+    keeps changing its sign, m is near 0, and the number hardly moves. Kingma & Ba 2015; with this
     kind of weight decay, Adam is called AdamW (Loshchilov & Hutter 2019)."""
     n_means = 2
     beta1 = 0.9
@@ -388,20 +380,12 @@ def orthogonalize(x, rounds=4):
 
     Every matrix X is a product U S V^T, its singular value decomposition: V^T takes the input apart
     into perpendicular directions, S multiplies each by its strength s (singular value), and U turns
-    them into directions of the output. U and V need not be computed to change the strengths. Since
-    U^T U = V^T V = 1, X X^T X is U S^3 V^T, and a X + b (X X^T) X + c (X X^T)^2 X has the strengths
-    a s + b s^3 + c s^5. With the numbers below (Jordan et al. 2024), this makes a small s 3.4 times
-    as large, and keeps a large one between 0.7 and 1.2. What four rounds make of four strengths:
-
-        before     round 1    round 2    round 3    round 4
-         0.5        1.189      0.896      0.824      0.938
-         0.1        0.340      0.992      0.707      1.107
-         0.01       0.034      0.118      0.400      1.093
-         0.001      0.003      0.012      0.041      0.140
-
-    Very weak directions remain weak: in the first step of the small model, 58% of the strengths are
-    below 0.5 in the end, and in step 81 19%, while before, most were below a sixtieth of the
-    strongest."""
+    them into directions of the output. Since U^T U = V^T V = 1, X X^T X is U S^3 V^T: products can
+    change the strengths, without U and V being known. a X + b (X X^T) X + c (X X^T)^2 X makes each
+    of them a s + b s^3 + c s^5. With the a, b, c below (Jordan et al. 2024), a small s becomes 3.4
+    times as large, and a large one stays between 0.7 and 1.2. In four rounds, 0.1 becomes 0.340,
+    0.992, 0.707, 1.107, and 0.001 becomes 0.003, 0.012, 0.041, 0.140. So the weakest stay weak: in
+    the small model, 42% of the strengths end above 0.5 in the first step, and 81% in step 81."""
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT  # transposed: X X^T is smaller then
@@ -415,10 +399,9 @@ def orthogonalize(x, rounds=4):
 
 
 class Muon(Optimizer):
-    """Muon (Jordan et al. 2024) is for matrices. In the gradient of a matrix, a few directions are
-    strong, and the others can be hundreds of times weaker. Adam, which looks at each number by
-    itself, mostly moves along the strong ones. Muon keeps a running mean of the gradient, and makes
-    its directions about equally strong, so that the model also learns what the weak ones say."""
+    """For matrices (Jordan et al. 2024). In the gradient of a matrix, a few directions are strong,
+    and the others can be hundreds of times weaker. Muon makes the directions of its running mean
+    about equally strong, so that the model also learns what the weak ones say."""
     n_means = 1
     momentum = 0.95
 
@@ -473,7 +456,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     # Gradient clipping shortens long ones: an unusual batch must not distort the optimizers' means.
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
-        raise ValueError(f"infinite gradient in step {step + 1}: try lower learning rates")
+        raise UserError(f"infinite gradient in step {step + 1}: try lower learning rates")
     for optimizer in optimizers:
         optimizer.step(multiplier)
     return loss.item()
@@ -485,9 +468,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
     # The compiled model has the same weights. It is faster, but takes a minute to prepare.
     compiled = torch.compile(model) if config.compile and train_data.is_cuda else model
-    # Losses since the last evaluation. Their mean, the training loss, is from the time when the
-    # model was still worse: at first, it lies above the validation loss.
-    losses = []
+    losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
         x, y = get_batch(train_data, config, step)
         loss = training_step(compiled, optimizers, x, y, step, config, autocast)
@@ -508,10 +489,9 @@ def show_progress(step, loss, n_tokens, progress, started):
     """A line on the terminal that is overwritten at each step."""
     if sys.stderr.isatty():
         seconds = time.perf_counter() - started
-        speed = n_tokens / seconds
         left = (seconds / progress - seconds) / 60
-        text = f"step {step}: loss {loss:.3f}, {speed:,.0f} tokens/s, {left:.1f} minutes left"
-        print(text, end=" \r", file=sys.stderr, flush=True)
+        text = f"loss {loss:.3f}, {n_tokens / seconds:,.0f} tokens/s, {left:.1f} minutes left"
+        print(f"step {step}: {text}", end=" \r", file=sys.stderr, flush=True)
 
 
 def save(checkpoint, started, model, optimizers, path):
@@ -520,7 +500,7 @@ def save(checkpoint, started, model, optimizers, path):
     that was stopped and resumed ends exactly like one that was not."""
     step, n_read, _, val_loss = checkpoint["history"][-1]
     if not math.isfinite(val_loss):
-        raise ValueError(f"validation loss {val_loss} after step {step}: try lower learning rates")
+        raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = copy.deepcopy(model).cpu().state_dict()
     checkpoint["last"] = dict(
@@ -563,6 +543,10 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
+class UserError(ValueError):
+    """A mistake of the user's. It is shown as one line; all other errors show where they arose."""
+
+
 @contextmanager
 def replacing(path):
     """Opens a temporary file, which takes the place of path when it is complete. Whatever happens
@@ -584,36 +568,38 @@ def replacing(path):
 
 def load_text(path):
     """The text file at path; by default Tiny Shakespeare or, without a network, our own play."""
-    if path:
-        return Path(path).read_text(encoding="utf-8")
-    path = DATA / "tinyshakespeare.txt"
-    if not path.exists():
+    default = DATA / "tinyshakespeare.txt"
+    if not path and not default.exists():
         try:
             DATA.mkdir(exist_ok=True)
             socket.setdefaulttimeout(30)  # seconds to wait for an answer
-            torch.hub.download_url_to_file(URL, str(path), SHA256, progress=False)
+            torch.hub.download_url_to_file(URL, str(default), SHA256, progress=False)
         except Exception as error:  # there are many ways in which a download can fail
-            print(f"cannot download Tiny Shakespeare ({error}): using data/the-glass-harbour.txt")
-            path = DATA / "the-glass-harbour.txt"
-    return path.read_text(encoding="utf-8")
+            default = DATA / "the-glass-harbour.txt"
+            print(f"cannot download Tiny Shakespeare ({error}): using data/{default.name}")
+    try:
+        return Path(path or default).read_text(encoding="utf-8-sig")  # without a byte order mark
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not in UTF-8: save it in this encoding") from None
 
 
 def load_checkpoint(path, *scripts):
     """The checkpoint at path, saved by one of scripts. (weights_only: it cannot contain code.)"""
+    mmap = os.name != "nt"  # read a tensor when it is needed; Windows could not replace the file
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["written_by"] in scripts:
-            return checkpoint
-    except Exception:  # there are many ways in which a damaged file can fail to load
-        pass
-    raise ValueError(f"{path} is missing, damaged or not written by this {' or '.join(scripts)}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is no checkpoint, or damaged: {error!s:.100}") from None
+    if checkpoint.get("written_by") not in scripts:
+        raise UserError(f"{path} was not written by this {' or '.join(scripts)}")
+    return checkpoint
 
 
 def parse_flags(Config):
     """Makes every field of Config a flag, as in --max_iters 100. Returns those given, as a dict."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--setting value ...]", argument_default=argparse.SUPPRESS,
-        description=f"{__doc__}\n{inspect.getsource(Config)}",
+        allow_abbrev=False, description=f"{__doc__}\n{inspect.getsource(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Config):
         switch = {"action": argparse.BooleanOptionalAction}  # such as --full and --no-full
@@ -621,28 +607,26 @@ def parse_flags(Config):
         parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
     flags = vars(parser.parse_args())
     if "out" in flags and not flags["out"].endswith(".pt"):
-        raise ValueError(f"--out {flags['out']}: the name of a checkpoint must end in .pt")
+        raise UserError(f"--out {flags['out']}: the name of a checkpoint must end in .pt")
     return flags
 
 
 def pick_device(name):
     best = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, or None
     if name != "auto" and name.split(":")[0] not in ("cpu", best and best.type):
-        raise ValueError(f"--device {name}: PyTorch has no such device here")
+        raise UserError(f"--device {name}: PyTorch has no such device here")
     return torch.device(name if name != "auto" else best or "cpu")
 
 
 def pick_dtype(name, device):
     """The type of matrix products: bfloat16 where the hardware makes that faster than float32."""
-    if name in ("float32", "bfloat16"):
-        return getattr(torch, name)
-    if name != "auto":
-        raise ValueError(f"--dtype {name}: it must be float32, bfloat16 or auto")
-    if device.type == "cuda":
+    if name not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype {name}: it must be float32, bfloat16 or auto")
+    if name == "auto" and device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and fast) else torch.float32
 
 
 def main():
@@ -650,16 +634,14 @@ def main():
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
     config = GPTConfig(**flags)
-    checkpoint = None
-    if config.resume and Path(config.out).exists():
-        checkpoint = load_checkpoint(config.out, "char_gpt")
-        settings = checkpoint["config"] | {"device": "auto", "out": config.out}
-        config = GPTConfig(**settings | flags)  # of two dicts, the second wins
-    elif pick_device(config.device).type == "cpu" and not config.full:
-        config = GPTConfig(**CPU_SETTINGS | flags)
-        print("training a small model, as on any CPU; --full trains the full one")
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
     device = pick_device(config.device)
+    checkpoint = None
+    settings = CPU_SETTINGS if device.type == "cpu" and not config.full else {}
+    if config.resume and Path(config.out).exists():
+        checkpoint = load_checkpoint(config.out, "char_gpt")
+        settings = checkpoint["config"] | {"device": config.device, "out": config.out}
+    config = GPTConfig(**settings | flags)  # of two dicts, the second wins: flags count most
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     text = load_text(config.data)
@@ -668,24 +650,26 @@ def main():
     train_data, val_data = split_data(torch.tensor(tokenizer.encode(text), device=device), config)
     torch.manual_seed(config.seed)  # of the initial weights
     model = GPT(config).to(device)
-    print(f"{len(text):,} characters, {V} of them distinct; on {device} in {dtype}: "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{config.batch_size * config.block_size:,} characters per step")
-    must_match = {n: getattr(config, n) for n in ("n_layer", "n_head", "n_embd", "block_size")}
-    must_match["text"] = hashlib.sha256(text.encode()).hexdigest()
+    print(f"{len(text):,} characters, {V} of them distinct")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device} in {dtype}")
+    changed = [f"{n} {x}" for n, x in vars(config).items() if x != getattr(GPTConfig, n)]
+    print(f"settings that are not the defaults: {', '.join(changed)}")
+    must_match = dict(n_head=config.n_head, text=hashlib.sha256(text.encode()).hexdigest())
     if checkpoint is None:
         parts = [text[: len(train_data)], text[len(train_data) :]]  # training, validation
-        bytes_per_token = [len(part.encode()) / len(part) for part in parts]
-        checkpoint = dict(written_by="char_gpt", vocab=tokenizer.chars, history=[],
-                          bytes_per_token=bytes_per_token, must_match=must_match,
-                          last=dict(step=0, n_read=0, seconds=0))
+        checkpoint = dict(
+            written_by="char_gpt", config={}, vocab=tokenizer.chars, must_match=must_match,
+            bytes_per_token=[len(part.encode()) / len(part) for part in parts],
+            history=[],  # of each evaluation: step, tokens read, training and validation loss
+            model={},  # the weights with the lowest validation loss so far
+            last=dict(step=0, n_read=0, seconds=0))  # what the next step depends on: see save()
         with autocast:
             loss = evaluate(model, val_data, config)
         print(f"before training: val loss {loss:.4f}; a uniform guess: ln({V}) = {math.log(V):.4f}")
-    changed = [name for name in must_match if must_match[name] != checkpoint["must_match"][name]]
-    if changed:
-        raise ValueError(f"--resume: {config.out} began with another {' and '.join(changed)}")
-    print(f"from step {checkpoint['last']['step']} to step {config.max_iters}")
+    elif checkpoint["must_match"] != must_match:
+        raise UserError(f"--resume: {config.out} began with another text or n_head")
+    per_step = config.batch_size * config.block_size
+    print(f"from step {checkpoint['last']['step']}: {per_step:,} characters per step")
     checkpoint["config"] = vars(config)
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)
     step, _, _, best = min(checkpoint["history"], key=lambda entry: entry[3])
@@ -695,7 +679,11 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+    except (OSError, UserError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        sys.exit("error: out of memory; lower --batch_size, then --block_size")
     except KeyboardInterrupt:
         sys.exit("stopped; if this run has been evaluated, --resume continues from there")

@@ -3,7 +3,6 @@
     python sample.py                    # from the newest checkpoint in out/
     python sample.py out/bigram.pt      # from this one
     python sample.py gpt2               # from GPT-2, or gpt2-medium, gpt2-large, gpt2-xl
-    python sample.py FOLDER             # from a GPT-2 in Hugging Face's format
     python sample.py --prompt "ROMEO:" --temperature 0.8 --top_k 20
     python sample.py --interactive      # one prompt after another; Ctrl-D ends
     python sample.py --instruct "Name the opposite." --input "heavy"
@@ -16,7 +15,7 @@ To see what a model does with a text:
     python sample.py --shapes "To be, or not"     # what goes into each module and what comes out
     python sample.py --curve out/bigram.pt out/char_gpt.pt --plot curves.png
 
---curve --plot needs matplotlib; --instruct a model that bpe_gpt.py trained on --instructions.
+--plot of curves needs matplotlib; --instruct a model that bpe_gpt.py trained on --instructions.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -41,7 +40,8 @@ import torch.nn.functional as F
 import bpe_gpt
 import char_gpt
 from bigram import BigramConfig, BigramLanguageModel
-from char_gpt import CharTokenizer, attention, load_checkpoint, pick_device, pick_dtype, sample
+from char_gpt import (
+    CharTokenizer, UserError, attention, load_checkpoint, pick_device, pick_dtype, sample)
 
 # ---- Configuration ------------------------------------------------------------------------------
 
@@ -60,6 +60,7 @@ class SampleConfig:
     beam: int = 0  # instead of sampling, search for the likeliest text, among this many at a time
     stop: str = ""  # end a text before these characters
     ignore_end: bool = False  # continue even after the model's end-of-text token
+    device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 for a large model, if it is fast here
     seed: int = 1337  # for the random numbers: the same seed gives the same text
     probs: str = ""  # show the probability of every token in this text
@@ -251,12 +252,12 @@ def attention_weights(model, ids):
 
 def show_attention(model, tokenizer, ids, config):
     if not hasattr(model, "transformer"):
-        raise ValueError("a bigram model has no attention: name another checkpoint")
+        raise UserError("a bigram model has no attention: name another checkpoint")
     weights = attention_weights(model, ids)
     names = [quote(tokenizer, token) for token in ids]
     n_layer, n_head, _, _ = weights.shape
     if not (0 <= config.layer < n_layer and 0 <= config.head < n_head):
-        raise ValueError(f"--layer is from 0 to {n_layer - 1}, --head from 0 to {n_head - 1}")
+        raise UserError(f"--layer is from 0 to {n_layer - 1}, --head from 0 to {n_head - 1}")
     width = max(map(len, names))
     print(f"layer {config.layer}, head {config.head}: each row attends to the columns")
     for letters in itertools.zip_longest(*names, fillvalue=" "):  # the names, from top to bottom
@@ -273,7 +274,7 @@ def explore(model, tokenizer, ids, name, path):
     has_attention = hasattr(model, "transformer")
     limit = min(81, model.context_size) if has_attention else 81  # so that the page opens fast
     if len(ids) > limit:
-        raise ValueError(f"--explore takes {limit - 1} tokens at most, and here are {len(ids) - 1}")
+        raise UserError(f"--explore takes {limit - 1} tokens at most, and here are {len(ids) - 1}")
     log_probs = next_log_probs(model, torch.tensor([ids]))  # (T, vocab_size)
     followed = log_probs[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1))  # (T - 1, 1)
     scores, order = log_probs.sort(dim=-1, descending=True)
@@ -319,9 +320,9 @@ def read_curve(path):
     """The history of a run, [(megabytes of text read, training loss, validation loss)]. The losses
     are in bits per byte of text, which can be compared between models with different tokens."""
     checkpoint = load_checkpoint(path, *CHARACTER_MODELS, "bpe_gpt")
+    if checkpoint["config"].get("instructions") or not checkpoint["history"]:
+        raise UserError(f"{path} was trained on instructions, not on a text, or elsewhere")
     train_bytes, val_bytes = checkpoint["bytes_per_token"]  # of the two parts of its text
-    if checkpoint["config"].get("instructions"):
-        raise ValueError(f"{path} was trained on instructions, not on a text")
     return [(n_read * train_bytes / 1e6,
              train_loss / math.log(2) / train_bytes, val_loss / math.log(2) / val_bytes)
             for _, n_read, train_loss, val_loss in checkpoint["history"]]
@@ -335,7 +336,10 @@ def show_curves(paths, plot):
         for megabytes, train, val in curve:
             print(f"{megabytes:14.2f} {train:20.3f} {val:18.3f}")
     if plot:
-        import matplotlib.pyplot as plt
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError:
+            raise UserError("--plot needs matplotlib: pip install matplotlib") from None
         figure, axis = plt.subplots()
         for path, curve in curves.items():
             megabytes, train, val = zip(*curve)
@@ -356,22 +360,25 @@ CHARACTER_MODELS = {
 
 
 def load_model(name):
-    """Model, tokenizer and checkpoint. For a published model or a folder, that is an empty dict."""
-    no_checkpoint = name in bpe_gpt.SIZES or os.path.isdir(name)
-    checkpoint = {} if no_checkpoint else load_checkpoint(name, *CHARACTER_MODELS, "bpe_gpt")
-    if no_checkpoint or checkpoint["written_by"] == "bpe_gpt":
-        model, tokenizer = bpe_gpt.load_pretrained(name, {}, {})
-        return model.eval(), bpe_gpt.find_tokenizer(model, tokenizer), checkpoint
-    Config, Model = CHARACTER_MODELS[checkpoint["written_by"]]
-    model = Model(Config(**checkpoint["config"]))
+    """Model, tokenizer, and the checkpoint that they come from."""
+    if name in bpe_gpt.SIZES or os.path.isdir(name):
+        checkpoint = bpe_gpt.load_pretrained(name)
+    else:
+        checkpoint = load_checkpoint(name, *CHARACTER_MODELS, "bpe_gpt")
+    written_by = checkpoint.get("written_by", "bpe_gpt")
+    Config, Model = CHARACTER_MODELS.get(written_by, (bpe_gpt.GPTConfig, bpe_gpt.GPT))
+    config = Config(**{n: x for n, x in checkpoint["config"].items() if hasattr(Config, n)})
+    if written_by == "bpe_gpt":
+        model = bpe_gpt.build_model(checkpoint, config)
+        return model.eval(), bpe_gpt.BPETokenizer(checkpoint["vocab"]), checkpoint
+    model = Model(config)
     model.load_state_dict(checkpoint["model"])
-    model.text_before = checkpoint["vocab"][0]  # in Shakespeare, the line break
     return model.eval(), CharTokenizer(checkpoint["vocab"]), checkpoint
 
 
 def fast_dtype(model, device, config):
-    """For each new token, all weights have to be read from memory. In a large model, this takes
-    most of the time, and half the bits take half the time."""
+    """In a large model, reading all weights for each token takes most of the time: half the bits
+    take half of it."""
     if config.dtype == "auto" and sum(p.numel() for p in model.parameters()) < 50e6:
         return torch.float32
     return pick_dtype(config.dtype, device)
@@ -381,7 +388,7 @@ def parse_flags(Config):
     """Makes every field of Config a flag. Returns those given, and the "models", as a dict."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [model ...] [--setting value ...]", argument_default=argparse.SUPPRESS,
-        description=f"{__doc__}\n{inspect.getsource(Config)}",
+        allow_abbrev=False, description=f"{__doc__}\n{inspect.getsource(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help=argparse.SUPPRESS, default=[])
     for field in fields(Config):
@@ -389,11 +396,20 @@ def parse_flags(Config):
         kind = switch if field.type is bool else {"type": field.type}
         parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
     flags = vars(parser.parse_args())
-    for name in ("temperature", "top_k", "top_p", "min_p", "beam", "num_samples"):
-        if not flags.get(name, 0) >= 0:
-            raise ValueError(f"--{name} must not be negative")
+    looks = [name for name in ("probs", "attention", "explore", "shapes", "curve") if name in flags]
+    if len(looks) > 1:
+        raise UserError(f"--{looks[0]} and --{looks[1]}: one at a time")
+    if len(flags["models"]) > 1 and not flags.get("curve"):
+        raise UserError("only --curve takes several models")
+    if "" in [flags[name] for name in looks]:
+        raise UserError(f"--{looks[0]} needs a text")
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        if flags.get(name, 0) < 0:
+            raise UserError(f"--{name} must not be negative")
+        if name in flags and flags.get("beam"):
+            raise UserError(f"--beam searches for the likeliest text: --{name} has no effect")
     if 0 < flags.get("beam", 0) < flags.get("num_samples", 1):
-        raise ValueError(f"--beam {flags['beam']} finds no more texts than that")
+        raise UserError(f"--beam {flags['beam']} finds no more texts than that")
     return flags
 
 
@@ -412,15 +428,14 @@ def main():
     flags = parse_flags(SampleConfig)
     names = flags.pop("models") or sorted(glob.glob("out/*.pt"), key=os.path.getmtime)[-1:]
     if not names:
-        raise ValueError("no checkpoint in out/: train a model first, or name one, such as gpt2")
+        raise UserError("no checkpoint in out/: train a model first, or name one, such as gpt2")
     config = SampleConfig(**flags)
     if config.curve:
         return show_curves(names, config.plot)
     model, tokenizer, checkpoint = load_model(names[0])
     encode = tokenizer.encode
-    before = [tokenizer.end_of_text]  # what comes before a text, in the training data
-    if model.text_before != bpe_gpt.END_OF_TEXT:
-        before = encode(model.text_before)
+    text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # each text, in training
+    before = [tokenizer.tokens.index(text_before.encode())]
     if config.probs:
         return show_probs(model, tokenizer, before + encode(config.probs))
     if config.attention:
@@ -430,12 +445,12 @@ def main():
         return explore(model, tokenizer, ids, names[0], config.plot or "explore.html")
     if config.shapes:
         return show_shapes(model, encode(config.shapes))
-    device = pick_device("auto")
+    device = pick_device(config.device)
     dtype = fast_dtype(model, device, config)
     model.to(device, dtype)
     print(f"{names[0]} on {device}, {dtype}", file=sys.stderr)
     torch.manual_seed(config.seed)
-    taught = checkpoint.get("config", {}).get("instructions")
+    taught = checkpoint["config"].get("instructions")
     for text in typed_lines() if config.interactive else [config.instruct or config.prompt]:
         prompt = text
         if config.instruct or (config.interactive and taught):
@@ -444,7 +459,7 @@ def main():
         try:
             idx = torch.tensor([encode(text) or before], device=device)
             print_texts(model, tokenizer, idx, prompt, config)
-        except ValueError as error:  # a character that the model never saw
+        except UserError as error:  # a character that the model never saw
             if not config.interactive:
                 raise
             print(f"error: {error}", file=sys.stderr)
@@ -457,5 +472,9 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         print()
-    except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
+    except (OSError, UserError, bpe_gpt.UserError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        sys.exit("error: out of memory; use a smaller model, or --dtype bfloat16")

@@ -100,45 +100,53 @@ def limits():
 # ---------------------------------------------------------------------------------------------
 # Training on characters. The small model sees 128 characters, in the plain recipe 64.
 
-# A recipe is a configuration, its optimizers, a schedule, and a precision. The steps of all are
-# those of char_gpt.py. The schedule gives the `fraction` that training_step() asks for, how much of
-# the run is over: after the warm-up, the learning rates are 1 - fraction of the largest.
+# A recipe is a configuration, its optimizers, and a precision. The steps are those of char_gpt.py.
+
+
+class PlainAdamW(torch.optim.AdamW):
+    """AdamW with nanoGPT's published settings and its schedule: after the warm-up, the rate falls as
+    a cosine from 1e-3 to 1e-4. (The multiplier of char_gpt.py's own schedule does not count.)"""
+    def __init__(self, model, config):
+        decayed = [p for p in model.parameters() if p.dim() >= 2]
+        others = [p for p in model.parameters() if p.dim() < 2]
+        groups = [dict(params=decayed, weight_decay=0.1), dict(params=others, weight_decay=0.0)]
+        super().__init__(groups, lr=1e-3, betas=(0.9, 0.99))
+        self.config = config
+        self.n_steps = 0
+
+    def step(self, multiplier):
+        warmup, end = self.config.warmup_iters, self.config.max_iters
+        through = (self.n_steps - warmup) / (end - warmup)
+        cosine = 1e-4 + 9e-4 * (1 + math.cos(math.pi * through)) / 2
+        rising = 1e-3 * (self.n_steps + 1) / (warmup + 1)
+        for group in self.param_groups:
+            group["lr"] = rising if self.n_steps < warmup else cosine
+        self.n_steps += 1
+        super().step()
 
 
 def plain_recipe(size):
-    """nanoGPT's published settings for Shakespeare's characters, on a CPU or full."""
+    """nanoGPT's published settings for Shakespeare's characters, on a CPU or full (but for dropout,
+    which takes time and is not in char_gpt.py)."""
     settings = dict(warmup_iters=100, eval_interval=250, compile=False)
     if size == "small":
         settings |= char_gpt.CPU_SETTINGS | dict(block_size=64, batch_size=12, max_iters=2000)
     else:
-        settings |= dict(dropout=0.2, batch_size=64, max_iters=5000)
-
-    def make_optimizers(model, config):
-        groups = [
-            {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
-            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        return [torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))]
-
-    def fraction(step, config):  # so that the rate falls as a cosine from 1e-3 to 1e-4
-        through = max(step - config.warmup_iters, 0) / (config.max_iters - config.warmup_iters)
-        return 0.45 * (1 - math.cos(math.pi * through))
-
-    return char_gpt.GPTConfig(**settings), make_optimizers, fraction, torch.float32
+        settings |= dict(batch_size=64, max_iters=5000)
+    return char_gpt.GPTConfig(**settings), lambda model, config: [PlainAdamW(model, config)], torch.float32
 
 
 def our_recipe(size, **settings):
     """What `python char_gpt.py` does on a CPU, with `--full` if full."""
     smaller = char_gpt.CPU_SETTINGS if size == "small" else {}
-    config = char_gpt.GPTConfig(**smaller | settings)
-    return config, char_gpt.make_optimizers, lambda step, config: step / config.max_iters, FAST
+    return char_gpt.GPTConfig(**smaller | settings), char_gpt.make_optimizers, FAST
 
 
 def training(recipe, steps=None, every=None):
     """Trains as the recipe says, but for its first `steps` only, if given. Yields (seconds of this
     step, seconds of all, validation loss or None) after each step; the loss is that of the whole
     split, every so many steps."""
-    config, make_optimizers, fraction, dtype = recipe
+    config, make_optimizers, dtype = recipe
     with contextlib.redirect_stdout(io.StringIO()):
         text = char_gpt.load_text(config.data)
     tokenizer = char_gpt.CharTokenizer(text)
@@ -153,9 +161,8 @@ def training(recipe, steps=None, every=None):
     seconds = 0.0
     for step in range(steps or config.max_iters):
         start = now()
-        over = fraction(step, config)
         x, y = char_gpt.get_batch(train_data, config, step)
-        char_gpt.training_step(forward, optimizers, x, y, step, over, config, autocast)
+        char_gpt.training_step(forward, optimizers, x, y, step, config, autocast)
         took = now() - start
         seconds += took
         val_loss = None
@@ -303,7 +310,7 @@ def turns(runs, dtype, *sizes):
 
 
 def decode(folder):
-    model = bpe_gpt.load_pretrained(folder, {}, {})[0].to(DEVICE).eval()
+    model = hugging_face.load_model(folder).to(DEVICE)
     runs = {"ours": (model, generation)}
     with contextlib.suppress(ImportError):
         from transformers import GPT2LMHeadModel
@@ -354,7 +361,9 @@ def first_token(folder):
     """The seconds from a command to the first token: starting Python, imports and all."""
     ours = (
         "import sys; sys.path.insert(0, sys.argv[1]); import torch, bpe_gpt\n"
-        "model, _ = bpe_gpt.load_pretrained(sys.argv[2], {}, {})\n"
+        "state = bpe_gpt.read_safetensors(sys.argv[2] + '/model.safetensors')\n"
+        "config = bpe_gpt.GPTConfig()\n"
+        "model = bpe_gpt.build_model(dict(config=vars(config), model=state), config)\n"
         "next(bpe_gpt.generate(model, torch.zeros(1, 5, dtype=torch.long), 1))\n"
     )
     theirs = (
@@ -381,7 +390,10 @@ def first_token(folder):
 def load(folder):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); import torch, bpe_gpt\n"
-        "start = time.perf_counter(); model, _ = bpe_gpt.load_pretrained(sys.argv[2], {}, {})\n"
+        "start = time.perf_counter()\n"
+        "state = bpe_gpt.read_safetensors(sys.argv[2] + '/model.safetensors')\n"
+        "config = bpe_gpt.GPTConfig()\n"
+        "model = bpe_gpt.build_model(dict(config=vars(config), model=state), config)\n"
         "next(bpe_gpt.generate(model, torch.zeros(1, 5, dtype=torch.long), 1))\n"
         "print(time.perf_counter() - start)"
     )
@@ -400,7 +412,7 @@ def finetune_here(folder, name, dtype):
     x, y = tokens[:, :-1], tokens[:, 1:]
     if name == "ours":
         settings = bpe_gpt.FINE_TUNING_SETTINGS | dict(batch_size=len(x))
-        model = bpe_gpt.load_pretrained(folder, settings, {})[0].to(DEVICE)
+        model = hugging_face.load_model(folder, **settings).to(DEVICE)
         optimizers = bpe_gpt.make_optimizers(model, model.config)
 
         def step():

@@ -1,6 +1,7 @@
 """What the tests share: the scripts on the path, and a way to run them as a user does."""
 
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -21,6 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import bpe_gpt  # noqa: E402
+
+# data/ is no package: hugging_face.py is a script.
+spec = importlib.util.spec_from_file_location("hugging_face", ROOT / "data" / "hugging_face.py")
+hugging_face = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hugging_face)
 
 SHAKESPEARE = ROOT / "data" / "tinyshakespeare.txt"
 PLAY = ROOT / "data" / "the-glass-harbour.txt"

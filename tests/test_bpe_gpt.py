@@ -12,7 +12,7 @@ import pytest
 import regex  # comes with tiktoken
 import torch
 import torch.nn.functional as F
-from conftest import PLAY, ROOT, SHAKESPEARE, needs_gpt2_tokenizer, needs_shakespeare
+from conftest import PLAY, ROOT, SHAKESPEARE, hugging_face, needs_gpt2_tokenizer, needs_shakespeare
 from numpy_gpt2 import gpt2
 
 import bpe_gpt
@@ -126,7 +126,7 @@ def fixture(request):
 
 def test_logits_are_those_of_transformers(fixture):
     name, expected = fixture
-    model = GPT.from_pretrained(FIXTURES / name).eval()
+    model = hugging_face.load_model(FIXTURES / name)
     with torch.no_grad():
         logits, _ = model(expected["idx"])
     assert logits.dtype == torch.float32
@@ -135,7 +135,7 @@ def test_logits_are_those_of_transformers(fixture):
 
 def test_greedy_text_is_that_of_transformers(fixture):
     name, expected = fixture
-    model = GPT.from_pretrained(FIXTURES / name)
+    model = hugging_face.load_model(FIXTURES / name)
     new = torch.cat(list(generate(model, expected["idx"], 40, greedy)), dim=1)
     assert torch.equal(new, expected["greedy"])
 
@@ -643,7 +643,8 @@ def test_fine_tuning_that_was_stopped_goes_on_as_if_it_had_not_been(
 def test_fine_tuning_goes_on_from_the_weights_it_was_given(command, untrained, capsys):
     checkpoint = command("x.pt", "--init", untrained, *STEPS.split())
     before = float(re.search(r"^val loss (\S+) ", capsys.readouterr().out, re.MULTILINE)[1])
-    model, tokenizer = load_pretrained(untrained, {}, {})
+    model = GPT.from_pretrained(untrained)
+    tokenizer = BPETokenizer(load_pretrained(untrained)["vocab"])
     val_data = TextData(encode(tokenizer, TEXT[int(0.9 * len(TEXT)) :]), model.config)
     assert before == pytest.approx(evaluate(model, val_data), abs=0.01)
     assert checkpoint["history"][-1][3] < before - 0.5
@@ -660,7 +661,8 @@ def test_a_fine_tuned_checkpoint_is_fine_tuned_again(command, untrained, tmp_pat
 def test_evaluation_alone_is_over_the_whole_text(command, untrained, tmp_path, capsys):
     text = "To be, or not to be? " * 20
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    model, tokenizer = load_pretrained(untrained, {}, {})
+    model = GPT.from_pretrained(untrained)
+    tokenizer = BPETokenizer(load_pretrained(untrained)["vocab"])
     flags = ("--data", tmp_path / "text.txt", "--init", untrained, "--dtype", "float32")
     assert command("none.pt", "--eval_only", *flags) is None
     pattern = r"loss (\S+) \(perplexity (\S+), (\S+) bits/byte\)"

@@ -314,7 +314,9 @@ def test_a_run_on_instructions_is_evaluated_on_all_records(taught):
     assert "0 of 0 records to train on and 13 of 13 to validate on fit into block_size\n" in text
     line = r"^(?:val )?loss (\S+) \(perplexity \S+, \S+ bits/byte\); a uniform guess"
     (loss,) = re.findall(line, text, re.MULTILINE)
-    model, tokenizer = bpe_gpt.load_pretrained(folder / "out" / "bpe_gpt.pt", {}, {})
+    checkpoint = bpe_gpt.load_pretrained(folder / "out" / "bpe_gpt.pt")
+    model = GPT.from_pretrained(folder / "out" / "bpe_gpt.pt")
+    tokenizer = bpe_gpt.BPETokenizer(checkpoint["vocab"])
     data = InstructionData(read_records(folder / "records.json"), tokenizer, model.config)
     assert float(loss) == pytest.approx(bpe_gpt.evaluate(model, data), rel=0.02)
 

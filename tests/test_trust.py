@@ -31,7 +31,8 @@ def folder(tmp_path):
     torch.manual_seed(0)
     config = bpe_gpt.GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=300, block_size=32)
     tokens = tokenizer.tokens
-    checkpoint = dict(written_by="bpe_gpt", config=vars(config), vocab=tokens)
+    checkpoint = dict(
+        written_by="bpe_gpt", config=vars(config), vocab=tokens, text_before="\n")
     torch.save(checkpoint | {"model": bpe_gpt.GPT(config).state_dict()}, tmp_path / "model.pt")
     return tmp_path
 
