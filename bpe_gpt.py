@@ -197,8 +197,8 @@ def gpt2_tokenizer():
 # ---- Data ---------------------------------------------------------------------------------------
 
 class TextData:
-    """An array of tokens, cut into stretches of block_size tokens, or fewer if it is shorter. What
-    training_batch() returns, the inputs x and targets y of a step, depends on seed and step only."""
+    """An array of tokens, cut into stretches of block_size tokens, or fewer if it is shorter. The
+    inputs x and targets y that training_batch() returns depend only on seed and step."""
     prompts = ["\n"]  # what report() lets the model continue
 
     def __init__(self, tokens, config):
@@ -303,8 +303,10 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, head_size).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_head, S, head_size): those of earlier tokens, too
-        # is_causal: with the causal mask. A single token, the last of S, sees all of them.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, n_head, T, head_size)
+        if T == 1:  # a single token, the last one of S, sees all of them: there is nothing to mask
+            y = F.scaled_dot_product_attention(q, k, v)  # (B, n_head, T, head_size)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # with the causal mask
         y = y.transpose(1, 2).reshape(B, T, C)  # puts the heads' results side by side again
         return self.c_proj(y)
 
@@ -392,7 +394,7 @@ class GPT(nn.Module):
         B, T = idx.shape
         start = caches[0].length if caches else 0
         if start + T > self.context_size:
-            raise ValueError(f"{start + T} tokens do not fit into a context of {self.context_size}")
+            raise UserError(f"{start + T} tokens do not fit into a context of {self.context_size}")
         if start > 0 and T > 1:
             raise ValueError("caches that are not empty take one token at a time")
         # The mean that attention takes does not depend on the order of the tokens. So each token's
@@ -663,7 +665,7 @@ def bytes_per_token(data, tokenizer):
 
 
 def describe(loss, bytes_per_token):
-    """With the perplexity (a uniform guess among so many tokens has the same loss) and bits/byte."""
+    """With the perplexity (as many tokens give a uniform guess the same loss) and bits/byte."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits/byte)"
 
@@ -891,13 +893,13 @@ def load_text(path):
         raise UserError(f"{path} is not in UTF-8: save it in this encoding") from None
 
 
-def load_checkpoint(path, *scripts):
-    """The checkpoint at path, saved by one of scripts. (weights_only: it cannot contain code.)"""
-    mmap = os.name != "nt"  # read a tensor when it is needed; Windows could not replace the file
+def load_checkpoint(path, *scripts, mmap=False):
+    """The checkpoint at path, saved by one of scripts. (weights_only: it cannot contain code. mmap:
+    tensors are read from the file when they are used.)"""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is no checkpoint, or damaged: {error!s:.100}") from None
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"cannot load {path}: {str(error).split('. ')[0]}") from None
     if checkpoint.get("written_by") not in scripts:
         raise UserError(f"{path} was not written by this {' or '.join(scripts)}")
     return checkpoint
@@ -950,8 +952,7 @@ def load_tokens(config, tokenizer):
     """Training data (the first 90% of a text), validation data (the rest; with --eval_only, all)
     and the tokenizer. The files in a folder, of 16-bit integers, may be larger than the memory."""
     if os.path.isdir(config.data):
-        tokenizer = tokenizer or gpt2_tokenizer()
-        if len(tokenizer.tokens) != 50257:
+        if tokenizer is None or tokenizer.tokens != gpt2_tokenizer().tokens:
             raise UserError(f"{config.data} has GPT-2's tokens, not those of another vocabulary")
         parts = [np.memmap(f"{config.data}/{name}.bin", "<u2", "r") for name in ("train", "val")]
     else:
@@ -968,7 +969,7 @@ def load_tokens(config, tokenizer):
 
 def choose_settings(flags, device, resumed, trained):
     """The settings of a run. Where several of these lines set the same, the last one counts."""
-    given = GPTConfig(**flags)  # the defaults, and the flags
+    given = GPTConfig(**flags)
     settings = {}
     if device.type != "cuda" and not given.full and not given.init:
         settings |= CPU_SETTINGS
@@ -984,7 +985,7 @@ def choose_settings(flags, device, resumed, trained):
         settings |= trained["config"] | {"device": given.device, "out": given.out}
     settings |= flags
     changed = [f"{n} {x}" for n, x in settings.items() if x != getattr(GPTConfig, n)]
-    print(f"settings that are not the defaults: {', '.join(changed)}")
+    print(f"settings that differ from the full model's (--full): {', '.join(changed)}")
     return GPTConfig(**settings)
 
 

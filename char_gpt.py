@@ -284,7 +284,7 @@ class GPT(nn.Module):
         """Tokens idx (B, T) to logits (B, T, vocab_size); with targets (B, T), also the loss."""
         B, T = idx.shape
         if T > self.context_size:
-            raise ValueError(f"{T} tokens do not fit into a context of {self.context_size}")
+            raise UserError(f"{T} tokens do not fit into a context of {self.context_size}")
         # The mean that attention takes does not depend on the order of the tokens. So each token's
         # vector also says where it stands: one embedding is of the token, one of its position.
         positions = torch.arange(T, device=idx.device)
@@ -583,13 +583,13 @@ def load_text(path):
         raise UserError(f"{path} is not in UTF-8: save it in this encoding") from None
 
 
-def load_checkpoint(path, *scripts):
-    """The checkpoint at path, saved by one of scripts. (weights_only: it cannot contain code.)"""
-    mmap = os.name != "nt"  # read a tensor when it is needed; Windows could not replace the file
+def load_checkpoint(path, *scripts, mmap=False):
+    """The checkpoint at path, saved by one of scripts. (weights_only: it cannot contain code. mmap:
+    tensors are read from the file when they are used.)"""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is no checkpoint, or damaged: {error!s:.100}") from None
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"cannot load {path}: {str(error).split('. ')[0]}") from None
     if checkpoint.get("written_by") not in scripts:
         raise UserError(f"{path} was not written by this {' or '.join(scripts)}")
     return checkpoint
@@ -653,7 +653,7 @@ def main():
     print(f"{len(text):,} characters, {V} of them distinct")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device} in {dtype}")
     changed = [f"{n} {x}" for n, x in vars(config).items() if x != getattr(GPTConfig, n)]
-    print(f"settings that are not the defaults: {', '.join(changed)}")
+    print(f"settings that differ from the full model's (--full): {', '.join(changed)}")
     must_match = dict(n_head=config.n_head, text=hashlib.sha256(text.encode()).hexdigest())
     if checkpoint is None:
         parts = [text[: len(train_data)], text[len(train_data) :]]  # training, validation

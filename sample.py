@@ -364,7 +364,8 @@ def load_model(name):
     if name in bpe_gpt.SIZES or os.path.isdir(name):
         checkpoint = bpe_gpt.load_pretrained(name)
     else:
-        checkpoint = load_checkpoint(name, *CHARACTER_MODELS, "bpe_gpt")
+        mmap = os.name == "posix"  # Windows would not let a run replace the file meanwhile
+        checkpoint = load_checkpoint(name, *CHARACTER_MODELS, "bpe_gpt", mmap=mmap)
     written_by = checkpoint.get("written_by", "bpe_gpt")
     Config, Model = CHARACTER_MODELS.get(written_by, (bpe_gpt.GPTConfig, bpe_gpt.GPT))
     config = Config(**{n: x for n, x in checkpoint["config"].items() if hasattr(Config, n)})
@@ -404,7 +405,7 @@ def parse_flags(Config):
     if "" in [flags[name] for name in looks]:
         raise UserError(f"--{looks[0]} needs a text")
     for name in ("temperature", "top_k", "top_p", "min_p"):
-        if flags.get(name, 0) < 0:
+        if not flags.get(name, 0) >= 0:  # nan is neither
             raise UserError(f"--{name} must not be negative")
         if name in flags and flags.get("beam"):
             raise UserError(f"--beam searches for the likeliest text: --{name} has no effect")

@@ -104,8 +104,8 @@ def limits():
 
 
 class PlainAdamW(torch.optim.AdamW):
-    """AdamW with nanoGPT's published settings and its schedule: after the warm-up, the rate falls as
-    a cosine from 1e-3 to 1e-4. (The multiplier of char_gpt.py's own schedule does not count.)"""
+    """AdamW with nanoGPT's published settings and schedule: after the warm-up, the rate falls as a
+    cosine from 1e-3 to 1e-4. (The multiplier of char_gpt.py's own schedule does not count.)"""
     def __init__(self, model, config):
         decayed = [p for p in model.parameters() if p.dim() >= 2]
         others = [p for p in model.parameters() if p.dim() < 2]
@@ -133,7 +133,8 @@ def plain_recipe(size):
         settings |= char_gpt.CPU_SETTINGS | dict(block_size=64, batch_size=12, max_iters=2000)
     else:
         settings |= dict(batch_size=64, max_iters=5000)
-    return char_gpt.GPTConfig(**settings), lambda model, config: [PlainAdamW(model, config)], torch.float32
+    optimizers = lambda model, config: [PlainAdamW(model, config)]
+    return char_gpt.GPTConfig(**settings), optimizers, torch.float32
 
 
 def our_recipe(size, **settings):

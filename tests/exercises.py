@@ -211,14 +211,14 @@ MISTAKES = {
     },
     "encode_word": {
         "the first pair that is a token": (
-            "best = min(joined, key=lambda token: ranks.get(token, math.inf))",
-            "best = next((token for token in joined if token in ranks), b'')"),
+            "best = min(merged, key=lambda token: ranks.get(token, math.inf))",
+            "best = next((token for token in merged if token in ranks), b'')"),
         "the highest number": (
-            "min(joined, key=lambda token: ranks.get(token, math.inf))",
-            "max(joined, key=lambda token: ranks.get(token, -1))"),
+            "min(merged, key=lambda token: ranks.get(token, math.inf))",
+            "max(merged, key=lambda token: ranks.get(token, -1))"),
         "only one merge": ("parts[i : i + 2] = [best]", "parts[i : i + 2] = [best]\n    break"),
         "the last of equal pairs": (
-            "joined.index(best)", "len(joined) - 1 - joined[::-1].index(best)"),
+            "merged.index(best)", "len(merged) - 1 - merged[::-1].index(best)"),
         "the longest token": ("", """
             ids = []
             while word:

@@ -316,6 +316,6 @@ def test_the_command_says_what_it_does(clone):
     before = re.search(r"before training: val loss (\S+); a uniform guess: ln\(65\) = 4\.1744", output)
     assert float(before[1]) == pytest.approx(4.1744, abs=0.1)
     assert float(re.search(r"best val loss (\S+) at step 60", output)[1]) < 3.0
-    for part in ("--full trains the full", "on cpu in torch.", "parameters", "bits/byte", "    | "):
+    for part in ("the full model's (--full): n_layer 2", "on cpu in torch.", "parameters", "bits/byte", "    | "):
         assert part in output
     assert "next: python sample.py out/char_gpt.pt" in output

@@ -92,7 +92,7 @@ def test_probabilities_and_ranks_are_those_of_probs(command, explore, script):
     assert probs == pytest.approx([float(share) / 100 for share, _ in shown], abs=6e-5)
     assert data["ranks"] == [int(rank) for _, rank in shown]
     model, tokenizer, _ = load_model(f"out/{script}.pt")
-    assert data["ids"] == tokenizer.encode(model.text_before) + tokenizer.encode(TEXT)
+    assert data["ids"] == tokenizer.encode("\n" + TEXT)
     assert data["model"] == f"out/{script}.pt"
 
 

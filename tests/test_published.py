@@ -35,7 +35,7 @@ def test_the_first_losses_of_training_are_those_of_llm_c():
     64 tokens, the beginning of Tiny Shakespeare with an end of text before each section."""
     text = SHAKESPEARE.read_text(encoding="utf-8")[:5000]
     text = "<|endoftext|>" + text.replace("\n\n", "\n\n<|endoftext|>")
-    tokens = torch.tensor(gpt2_tokenizer().encode(text, find_end=True)[: 4 * 64 + 1])
+    tokens = torch.tensor(gpt2_tokenizer().encode(text, {"<|endoftext|>"})[: 4 * 64 + 1])
     x = tokens[:-1].view(4, 64)
     y = tokens[1:].view(4, 64)
     model = GPT.from_pretrained("gpt2", dropout=0.0)

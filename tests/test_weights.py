@@ -120,8 +120,8 @@ def test_a_folder_that_is_not_empty_is_left_as_it_is(folder, tokenizer, checkpoi
 
 
 @pytest.mark.parametrize("names, clue", [
-    ("nothing.pt new", "No such file or directory: 'nothing.pt'"),
-    ("half.pt new", "half.pt is no checkpoint, or damaged"),
+    ("nothing.pt new", "cannot load nothing.pt: [Errno 2] No such file"),
+    ("half.pt new", "cannot load half.pt"),
     ("x.pt half.pt", "half.pt"),  # a file, not a folder
     (f"{TIED} new", "must end in .pt"),
     (f"{TIED} new.pt", "vocab"),  # the folder has none; GPT-2's cannot be had, or does not fit
@@ -453,7 +453,7 @@ def test_nothing_that_is_loaded_runs_as_code(folder, name):
             return open, (str(folder / "harm"), "w")
 
     torch.save({"written_by": "bpe_gpt", "config": SMALL, "model": Harmful()}, folder / name)
-    with pytest.raises(ValueError, match="cannot load|no checkpoint, or damaged"):
+    with pytest.raises(ValueError, match="cannot load"):
         if name == "model.pt":
             GPT.from_pretrained(folder / name)
         else:
