@@ -1,8 +1,7 @@
 """GPT-2: the model of char_gpt.py at its real size, on parts of words instead of characters.
 
-New here: a vocabulary learned by byte-pair encoding; a cache that makes generation fast; the
-weights that OpenAI published, from 124 million to 1.5 billion parameters; fine-tuning them on any
-text, or on instructions to be answered; and training in several processes.
+New here: byte-pair encoding; a cache that makes generation fast; the weights that OpenAI published,
+from 124 million to 1.5 billion parameters; fine-tuning them; dropout; and several processes.
 
     python bpe_gpt.py                 # train from scratch: GPT-2 124M, or a small model on a CPU
     python bpe_gpt.py --init gpt2     # fine-tune GPT-2 on Shakespeare; downloads 548 MB once

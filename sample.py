@@ -1,7 +1,6 @@
 """Generate text with the models of the other scripts and with GPT-2, and look inside them.
 
     python sample.py                    # from the newest checkpoint in out/
-    python sample.py out/bigram.pt      # from this one
     python sample.py gpt2               # from GPT-2, or gpt2-medium, gpt2-large, gpt2-xl
     python sample.py --prompt "ROMEO:" --temperature 0.8 --top_k 20
     python sample.py --interactive      # one prompt after another; Ctrl-D ends
