@@ -485,10 +485,51 @@ def gpu(folder):
     plain = config.batch_size * config.block_size
     plain /= step_time(training((config, *others), steps=500 if on_gpu else 3))
     row("  a step of the plain recipe, 64x256", plain, "tokens/s", "(ours to its)", speed / plain)
+    ways_to_compile(on_gpu)
     train_124m(on_gpu)
     if on_gpu:
         decode(folder)
     compile_instructions(steps=100 if on_gpu else 12)
+
+
+def ways_to_compile(on_gpu):
+    """What compiling costs at the start, and what it gains in each step, of the full character model:
+    the whole model, or one block that all blocks share, with or without CUDA graphs, and with the
+    rounds of Muon compiled, too."""
+    backend = dict(backend="inductor" if on_gpu else "eager")
+    graphs = dict(mode="reduce-overhead") if on_gpu else backend
+    plain = char_gpt.orthogonalize
+    config = char_gpt.GPTConfig(**{} if on_gpu else dict(n_layer=2, n_embd=96, block_size=32))
+    autocast = torch.autocast(DEVICE.type, FAST, enabled=FAST != torch.float32)
+    for name, settings, by_block, muon_too in (
+        ("nothing", None, False, False),
+        ("the whole model", backend, False, False),
+        ("the whole model, with CUDA graphs", graphs, False, False),
+        ("one block", backend, True, False),
+        ("one block, and Muon", backend, True, True),
+        ("the whole model with CUDA graphs, and Muon", graphs, False, True),
+    ):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = forward = char_gpt.GPT(config).to(DEVICE)
+        optimizers = char_gpt.make_optimizers(model, config)
+        char_gpt.orthogonalize = torch.compile(plain, **backend) if muon_too else plain
+        if by_block:
+            for block in model.transformer.h:
+                block.compile(**settings)
+        elif settings:
+            forward = torch.compile(model, **settings)
+        times = []
+        for step in range(60 if on_gpu else 3):
+            rows = torch.randint(65, (config.batch_size, config.block_size + 1), device=DEVICE)
+            start = now()
+            char_gpt.training_step(
+                forward, optimizers, rows[:, :-1], rows[:, 1:], step, config, autocast)
+            times.append(now() - start)
+        row(f"compiled: {name}; the first three steps", sum(times[:3]), "s")
+        row("  a later step", 1000 * statistics.median(times[len(times) // 2 :]), "ms")
+    char_gpt.orthogonalize = plain
+    torch._dynamo.reset()
 
 
 def train_124m(on_gpu):

@@ -33,16 +33,8 @@ def test_set_up_takes_one_command_for_a_run_and_one_for_the_tests():
     assert (ROOT / "requirements.txt").exists()
 
 
-def test_files_and_line_counts_are_as_the_readme_says():
+def test_links_lead_somewhere():
     headings = re.findall(r"^#+ (.*)$", README, re.M)
     places = ["#" + heading.lower().replace(" ", "-") for heading in headings]
     for link in re.findall(r"\]\(([^):]+)\)", README):
         assert link in places or (ROOT / link).exists(), link
-    rows = re.findall(r"^\| \[`(\w+\.py)`\]\(\w+\.py\) \| (\d+) \| (\d*)", README, re.M)
-    before = []
-    for script, count, new in rows:
-        lines = (ROOT / script).read_text(encoding="utf-8").splitlines()
-        assert len(lines) == int(count), script
-        assert not new or sum(line not in before for line in lines) == int(new), script
-        before = lines
-    assert len(rows) == 4
