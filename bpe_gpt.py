@@ -327,9 +327,9 @@ class Block(nn.Module):
     """Attention, then the MLP. Each adds its result to x instead of replacing it. So x is a stream
     that runs through all blocks, the residual stream, from which they read and to which they write.
 
-    This is what makes deep models trainable (He et al. 2015). The derivative of x + f(x) is
-    1 + f'(x), and through the 1 the gradient reaches every block undiminished. Layer norm is
-    only for what attention and MLP read. On the stream, it would rescale the gradient each time."""
+    This makes deep models trainable (He et al. 2015): the derivative of x + f(x) is 1 + f'(x), and
+    through the 1 the gradient reaches every block undiminished. Layer norm is only for what
+    attention and MLP read. On the stream, it would rescale the gradient each time."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -345,8 +345,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019). The names are OpenAI's, as the Transformers library has them:
-    the first parameter of the first block, for example, is transformer.h.0.ln_1.weight."""
+    """GPT-2 (Radford et al. 2019). The parameters have the names that Transformers gives them."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -367,9 +366,8 @@ class GPT(nn.Module):
         self.initialize(config)
 
     def initialize(self, config):
-        """Random weights: if all were equal, the numbers in a layer would all be the same, get the
-        same gradients and stay the same. Small ones (0.02 is GPT-2's choice; for positions it has
-        0.01) give small scores, almost a uniform guess."""
+        """Random weights: if all were equal, all numbers in a layer would get equal gradients and
+        stay equal. Small ones (GPT-2 has 0.02, for positions 0.01) give almost a uniform guess."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -457,7 +455,7 @@ class Optimizer:
         learning_rate = multiplier * self.learning_rate
         self.n_steps += 1
         for params, means in zip(self.stacks, self.means):
-            # A parameter that the model does not use has no gradient (None).
+            # The gradient is None if the model does not use the parameter.
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             updates = self.update(torch.stack(grads), means)  # (number of parameters, *shape)
             for p, update in zip(params, learning_rate * updates):
@@ -596,9 +594,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
     # The compiled model has the same weights. It is faster, but takes a minute to prepare.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
-    # Losses since the last evaluation. Their mean, the training loss, is measured with dropout and
-    # while the model was still worse: at first, it lies above the validation loss.
-    losses = []
+    losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
         x, y = [part.to(device) for part in train_data.training_batch(step)]
         loss = training_step(compiled, optimizers, x, y, step, config, autocast)

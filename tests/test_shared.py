@@ -6,6 +6,7 @@ import http.server
 import io
 import pickle
 import re
+import sys
 import threading
 from functools import partial
 
@@ -15,6 +16,7 @@ import torch
 from conftest import PLAY, ROOT, SHAKESPEARE, needs_shakespeare, one_line_error, run
 
 import bigram
+import bpe_gpt
 import char_gpt
 
 SCRIPTS = ["bigram.py", "char_gpt.py", "bpe_gpt.py", "sample.py"]
@@ -282,3 +284,60 @@ def test_a_mistake_gets_one_line_that_names_it(mistake, tmp_path):
     command, clue = MISTAKES[mistake]
     script, *flags = command.split()
     assert clue in one_line_error(ROOT / script, *flags, cwd=tmp_path)
+
+
+# Errors
+
+
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
+def test_a_byte_order_mark_is_no_character_of_the_text(script, tmp_path):
+    module = {"bigram.py": bigram, "char_gpt.py": char_gpt, "bpe_gpt.py": bpe_gpt}[script]
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfTo be, or not")
+    assert module.load_text(tmp_path / "x.txt") == "To be, or not"
+
+
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
+@pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
+def test_a_text_in_another_encoding_is_named(script, encoding, tmp_path):
+    (tmp_path / "x.txt").write_text("caf\xe9 " * 1000, encoding=encoding)
+    error = one_line_error(ROOT / script, "--data", "x.txt", cwd=tmp_path)
+    assert "x.txt is not in UTF-8: save it in this encoding" in error
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_abbreviated_flag_is_refused(script, tmp_path):
+    """It could be a slip, and a run replaces the checkpoint of the one before."""
+    flag = "--max_iter" if script != "sample.py" else "--temp"
+    _, error = run(ROOT / script, flag, "3", cwd=tmp_path, status=2)
+    assert f"unrecognized arguments: {flag}" in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["char_gpt.py", "bpe_gpt.py"])
+def test_an_error_of_the_readers_own_keeps_its_traceback_and_line(script, tmp_path):
+    """Also if it is a ValueError, as that of a split into too many parts."""
+    edited = source(script).replace(".split(C, dim=2)", ".split(C // 2, dim=2)")
+    assert edited != source(script)
+    (tmp_path / script).write_text(edited, encoding="utf-8")
+    (tmp_path / "x.txt").write_text("To be, or not to be. " * 500)
+    _, error = run(tmp_path / script, "--data", "x.txt", cwd=tmp_path, status=1)
+    assert "Traceback" in error and "q, k, v = self.c_attn(x)" in error
+    assert "ValueError: too many values to unpack" in error.splitlines()[-1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for terabytes")
+@pytest.mark.parametrize("script", ["char_gpt.py", "bpe_gpt.py"])
+def test_out_of_memory_on_a_cpu_gets_one_line_with_the_way_out(script, tmp_path):
+    (tmp_path / "x.txt").write_text("To be, or not to be. " * 500)
+    flags = "--data x.txt --n_embd 2000000 --n_head 1 --n_layer 1"
+    error = one_line_error(ROOT / script, *flags.split(), cwd=tmp_path)
+    assert error == "error: out of memory; lower --batch_size, then --block_size"
+
+
+def test_an_older_checkpoint_of_characters_is_sampled_from(clone):
+    """Its configuration had settings that the scripts do not have any more."""
+    checkpoint = torch.load(clone / "out" / "char_gpt.pt")
+    checkpoint["config"]["dropout"] = 0.1
+    torch.save(checkpoint, clone / "older.pt")
+    text, _ = run("sample.py", "older.pt", "--prompt", "The", "--max_new_tokens", "5", cwd=clone)
+    assert text.startswith("The")
