@@ -51,8 +51,8 @@ class CharTokenizer:
     def __init__(self, chars):
         self.chars = sorted(set(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
-        self.tokens = [char.encode() for char in self.chars]  # as bytes
-        self.end_of_text = -1  # number of the token that ends a text: no token has this one
+        self.tokens = [char.encode() for char in self.chars]  # as bytes, for sample.py
+        self.end_of_text = -1  # for sample.py: no token, as none has this number, ends a text
 
     def encode(self, text):
         unknown = set(text) - set(self.chars)
@@ -78,8 +78,8 @@ def get_batch(data, config, step):
     row of x is a stretch of T = block_size tokens, and the row of y is the same stretch one token
     later: y[b, t] is the token that follows x[b, t]. So every row holds T exercises in prediction.
 
-    An epoch starts at a random offset, so that each one cuts the data differently. It shuffles
-    the stretches and uses each once, B at a time. (The last few, if they do not fill a batch, are
+    An epoch, which is one pass through the data, starts at a random offset, so that each one cuts
+    the data differently, and takes the stretches in random order, B at a time. (The last few may be
     left out.) All of this depends only on seed and step, so that a run can be repeated."""
     B = config.batch_size
     T = config.block_size
@@ -211,7 +211,7 @@ def report(checkpoint, model, tokenizer, config):
     step, _, train_loss, val_loss = checkpoint["history"][-1]
     # The loss is a natural logarithm, in nats; divided by ln 2 it is in bits. Per byte of text
     # instead of per token, it can be compared between models whose tokens differ in length.
-    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]
+    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]  # of the validation text
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
     torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
     # There must be something to continue: token 0, which in Shakespeare is the line break.
@@ -245,14 +245,14 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() turns any error into this: full disk, Ctrl-C
+    except RuntimeError as error:  # torch.save() makes this of any other (full disk, Ctrl-C)
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_text(path):
-    """The text file at path; by default Tiny Shakespeare or, without a network, our own play."""
+    """The text file at path; by default Tiny Shakespeare or, without a network, a shipped play."""
     default = DATA / "tinyshakespeare.txt"
     if not path and not default.exists():
         try:

@@ -53,7 +53,7 @@ class GPTConfig:
     dropout: float = 0.1  # fraction of the numbers inside the model that training sets to zero
     init: str = ""  # fine-tune gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a checkpoint
     batch_size: int = 16  # sequences that go through the model at once: lower it to save memory
-    total_batch_size: int = 16384  # tokens per step, in rows of block_size, padding included
+    total_batch_size: int = 16384  # tokens per step, in rows of up to block_size, with padding
     max_iters: int = 400  # steps of gradient descent
     eval_interval: int = 50  # steps between evaluations
     learning_rate: float = 0.001  # of AdamW, for embeddings, gains and biases
@@ -64,7 +64,7 @@ class GPTConfig:
     seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model without a CUDA GPU, too
     device: str = "auto"  # cuda, mps or cpu
-    dtype: str = "auto"  # of matrix products: float32 or bfloat16
+    dtype: str = "auto"  # of the model's matrix products: float32 or bfloat16
     compile: bool = sys.platform == "linux"  # use torch.compile on a CUDA GPU (needs Linux)
     resume: bool = False  # continue from the checkpoint, if there is one
     data: str = ""  # text file, or folder of train.bin and val.bin; default: Tiny Shakespeare
@@ -84,7 +84,7 @@ CPU_SETTINGS = dict(  # what a CPU trains unless told otherwise: a smaller model
     vocab_size=2048, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
     total_batch_size=2048, max_iters=2100, eval_interval=300, learning_rate=0.002,
     muon_learning_rate=0.025, warmup_iters=10, weight_decay=0.15)
-# Few and small steps, so that the model forgets little. Muon would change all directions equally.
+# Few and small steps, so that the model forgets little. Muon would change weak directions as well.
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
     muon_learning_rate=0.0, warmup_iters=5)
@@ -235,7 +235,9 @@ class TextData:
 def pick_rows(n_rows, step, config):
     """The epoch of a step, and the numbers of its rows. In an epoch, each of n_rows comes once, in
     random order. (The last few, if they do not fill a step, are left out.)"""
-    n = max(N_PROCESSES, config.total_batch_size // config.block_size)  # rows per step
+    n = max(1, config.total_batch_size // config.block_size)  # rows per step
+    if n < N_PROCESSES:
+        raise UserError(f"--total_batch_size must be at least {N_PROCESSES * config.block_size}")
     steps_per_epoch = max(1, n_rows // n)
     epoch, i = divmod(step, steps_per_epoch)
     return epoch, shuffled(n_rows, config.seed, epoch)[i * n : (i + 1) * n]
@@ -256,7 +258,7 @@ def make_batch(rows):
 # ---- Model --------------------------------------------------------------------------------------
 
 # In the shapes below, B is the batch size, T the number of tokens in a sequence, and C = n_embd.
-# Inside the model every token is a vector of C numbers: x is (B, T, C) from beginning to end.
+# Inside the model every token is a vector of C numbers: x is (B, T, C), from embedding to scores.
 # Layer norm, GELU and attention are PyTorch's here; char_gpt.py writes them out.
 
 class Cache:
@@ -287,7 +289,7 @@ class CausalSelfAttention(nn.Module):
         if config.n_embd % config.n_head != 0:
             raise UserError(f"--n_head {config.n_head} does not divide --n_embd {config.n_embd}")
         self.n_head = config.n_head
-        # nn.Linear multiplies by a learned matrix and adds a learned bias. The names are OpenAI's.
+        # nn.Linear multiplies by a learned matrix and adds a learned bias. (c_ names are OpenAI's.)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # combines what the heads found
 
@@ -345,7 +347,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019). The parameters have the names that Transformers gives them."""
+    """GPT-2 (Radford et al. 2019). Hugging Face's transformers library uses the same names."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -367,7 +369,7 @@ class GPT(nn.Module):
 
     def initialize(self, config):
         """Random weights: if all were equal, all numbers in a layer would get equal gradients and
-        stay equal. Small ones (GPT-2 has 0.02, for positions 0.01) give almost a uniform guess."""
+        stay equal. Small ones (GPT-2: 0.02, but 0.01 for positions) give almost a uniform guess."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -394,8 +396,8 @@ class GPT(nn.Module):
             raise UserError(f"{start + T} tokens do not fit into a context of {self.context_size}")
         if start > 0 and T > 1:
             raise ValueError("caches that are not empty take one token at a time")
-        # The mean that attention takes does not depend on the order of the tokens. So each token's
-        # vector also says where it stands: one embedding is of the token, one of its position.
+        # The weight of a token in attention does not depend on where it stands. So its vector must
+        # say that, too: one embedding is of the token, one of its position.
         positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
@@ -457,7 +459,7 @@ class Optimizer:
         for params, means in zip(self.stacks, self.means):
             # The gradient is None if the model does not use the parameter.
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            updates = self.update(torch.stack(grads), means)  # (number of parameters, *shape)
+            updates = self.update(torch.stack(grads), means)  # as Adam or Muon defines it
             for p, update in zip(params, learning_rate * updates):
                 p *= 1 - learning_rate * self.weight_decay
                 p -= update
@@ -472,7 +474,7 @@ class Adam(Optimizer):
     eps = 1e-8
 
     def update(self, grads, means):
-        m, v = means
+        m, v = means  # each (number of parameters, *shape), as grads
         m.lerp_(grads, 1 - self.beta1)  # m += 0.1 * (grads - m)
         v.lerp_(grads**2, 1 - self.beta2)  # v += 0.001 * (grads**2 - v)
         # Both means began at 0. After n steps, the gradients in m have a total weight of only
@@ -487,8 +489,8 @@ def orthogonalize(x, rounds=4):
     A round turns each singular value s of X into 3.4445 s - 4.7750 s^3 + 2.0315 s^5."""
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
-        x = x.mT  # transposed: X X^T is smaller then
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # now no strength is above 1
+        x = x.mT  # transposed (U and V change places): X X^T is smaller then
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # by the root of the sum of all s^2
     for _ in range(rounds):
         # bmm() multiplies n pairs of matrices; baddbmm(x, y, z) is beta * x + alpha * y @ z.
         square = torch.bmm(x, x.mT)  # X X^T, (n, rows, rows)
@@ -509,7 +511,8 @@ class Muon(Optimizer):
         ahead = grads.lerp(m, self.momentum)  # what m would be after the same gradient once more
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
-        # Spread over more outputs than inputs, the same strength would change each output less.
+        # With a strength of 1, all outputs together change by the length of the input: if there are
+        # 4 times as many, each changes half as much. The factor makes up for this.
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
 
 
@@ -531,7 +534,7 @@ def make_optimizers(model, config):
 
 # `torchrun --nproc_per_node=8 bpe_gpt.py` starts 8 processes, one per GPU, with the same model.
 # Each computes the gradient for its share of a step's sequences; the sum over all processes is the
-# gradient of the step. (Only dropout differs from a single process.) The first prints and saves.
+# gradient of the step. (Dropout and rounding differ from a single process.) The first one saves.
 RANK = int(os.environ.get("RANK") or 0)
 N_PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
 
@@ -554,7 +557,7 @@ def evaluate(model, data):
 def training_step(model, optimizers, x, y, step, config, autocast):
     """One step of gradient descent; returns the loss. The gradients of several batches add up
     (gradient accumulation), so that memory has to hold only one batch at a time."""
-    # The learning rates rise while the optimizers' means are not yet reliable, and then fall to
+    # The learning rates rise while the optimizers' means are of few gradients, and then fall to
     # zero in a straight line: large steps to get near a minimum, small ones to settle in it.
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
@@ -576,9 +579,9 @@ def training_step(model, optimizers, x, y, step, config, autocast):
         loss.backward()
         total_loss += loss.detach()
     if N_PROCESSES > 1:
-        for tensor in [total_loss, *(p.grad for p in model.parameters())]:
+        for tensor in [total_loss, *(p.grad for p in model.parameters() if p.grad is not None)]:
             dist.all_reduce(tensor)  # the sum over all processes, in place
-    # Gradient clipping shortens long ones: an unusual batch must not distort the optimizers' means.
+    # Clipping shortens a gradient that is too long: an unusual batch must not distort the means.
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
         raise UserError(f"infinite gradient in step {step + 1}: try lower learning rates")
@@ -624,8 +627,8 @@ def show_progress(step, loss, n_tokens, progress, started):
 
 def save(checkpoint, started, model, optimizers, path):
     """Write the checkpoint to path. "model" has the weights with the lowest validation loss so far,
-    since later ones may overfit. "last" has everything that the next step depends on, so that a run
-    that was stopped and resumed ends exactly like one that was not."""
+    since later ones may overfit. "last" has all that the next step depends on, so that a run that
+    was stopped and resumed ends like one that was not, on a CPU to the last bit."""
     step, n_read, _, val_loss = checkpoint["history"][-1]
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
@@ -639,7 +642,7 @@ def save(checkpoint, started, model, optimizers, path):
 
 
 def restore(last, model, optimizers):
-    """Go back to "last". Returns step, tokens read, and the start time of a run without a break."""
+    """Go back to "last". Returns step, tokens read, and a start time that leaves out the break."""
     if last["step"] > 0:
         model.load_state_dict(last["model"])
         for optimizer, means in zip(optimizers, last["optimizers"], strict=True):
@@ -660,7 +663,7 @@ def bytes_per_token(data, tokenizer):
 
 
 def describe(loss, bytes_per_token):
-    """With the perplexity (as many tokens give a uniform guess the same loss) and bits/byte."""
+    """With bits per byte and the perplexity: a uniform guess of so many tokens has this loss."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits/byte)"
 
@@ -760,7 +763,7 @@ def load_instructions(config, tokenizer):
 
 # ---- Published weights --------------------------------------------------------------------------
 
-# This part reads files, and can be skipped. The files name the parameters as we do here. Three
+# This part reads files, and can be skipped. The parameters have our names, or end in them. Three
 # kinds are transposed: OpenAI's layers compute x @ weight, nn.Linear computes x @ weight.T.
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
@@ -774,7 +777,6 @@ PUBLISHED = {  # revision; where it is known, the first half of model.safetensor
 
 
 def find_weights(name):
-    """The file with the weights of a published model, which is downloaded if it is missing."""
     path = DATA / name / "model.safetensors"
     if not path.exists():
         revision, sha256 = PUBLISHED[name]
@@ -865,14 +867,14 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() turns any error into this: full disk, Ctrl-C
+    except RuntimeError as error:  # torch.save() makes this of any other (full disk, Ctrl-C)
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_text(path):
-    """The text file at path; by default Tiny Shakespeare or, without a network, our own play."""
+    """The text file at path; by default Tiny Shakespeare or, without a network, a shipped play."""
     default = DATA / "tinyshakespeare.txt"
     if not path and not default.exists():
         try:
@@ -963,11 +965,14 @@ def load_tokens(config, tokenizer):
 
 
 def choose_settings(flags, device, resumed, trained):
-    """The settings of a run. Where several of these lines set the same, the last one counts."""
+    """The settings of a run. Where several of these lines apply to one of them, the last counts."""
     given = GPTConfig(**flags)
+    if given.eval_only and not given.init:
+        raise UserError("--eval_only needs --init, the model to be evaluated")
     settings = {}
-    if device.type != "cuda" and not given.full and not given.init:
+    if device.type != "cuda" and not (given.full or given.init or resumed):
         settings |= CPU_SETTINGS
+        print("training a small model, as on anything but a CUDA GPU; --full trains GPT-2 124M")
     if os.path.isdir(given.data):
         settings |= {"vocab_size": GPTConfig.vocab_size}  # the folder has GPT-2's tokens
     if given.init:
@@ -980,17 +985,18 @@ def choose_settings(flags, device, resumed, trained):
         settings |= trained["config"] | {"device": given.device, "out": given.out}
     settings |= flags
     changed = [f"{n} {x}" for n, x in settings.items() if x != getattr(GPTConfig, n)]
-    print(f"settings that differ from the full model's (--full): {', '.join(changed)}")
+    print(f"settings that are not the defaults: {', '.join(changed)}")
     return GPTConfig(**settings)
 
 
 def new_checkpoint(config, tokenizer, train_data, val_data, trained):
     before = END_OF_TEXT if os.path.isdir(config.data) else "\n"
+    has_muon = config.muon_learning_rate > 0
     return dict(
         written_by="bpe_gpt", config=vars(config), vocab=tokenizer.tokens,
-        text_before=trained["text_before"] if trained else before,  # what each text came after
+        text_before=trained["text_before"] if trained else before,  # see sample.py
         bytes_per_token=[bytes_per_token(data, tokenizer) for data in (train_data, val_data)],
-        must_match=[train_data.hash, config.block_size, config.muon_learning_rate > 0],
+        must_match=[train_data.hash, config.block_size, config.n_head, has_muon],
         history=[],  # of each evaluation: step, tokens read, training and validation loss
         model={},  # the weights with the lowest validation loss so far
         last=dict(step=0, n_read=0, seconds=0))  # what the next step depends on: see save()
@@ -1001,15 +1007,12 @@ def main():
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
     config = GPTConfig(**flags)
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not at the first evaluation
     device = pick_device(config.device)
     join_processes(device)
-    if config.eval_only and not config.init:
-        raise UserError("--eval_only needs --init, the model to be evaluated")
-    trained = load_pretrained(config.init) if config.init else None
     resumed = config.resume and Path(config.out).exists() and not config.eval_only
-    if resumed:
-        trained = load_checkpoint(config.out, "bpe_gpt")
+    start = config.out if resumed else config.init
+    trained = load_pretrained(start) if start else None  # the checkpoint to go on from
     config = choose_settings(flags, device, resumed, trained)
     tokenizer = None  # to be learned from the data
     if trained:
@@ -1020,7 +1023,8 @@ def main():
     train_data, val_data, tokenizer = load_data(config, tokenizer)
     config.vocab_size = V = len(tokenizer.tokens)
     torch.manual_seed(config.seed)  # of the initial weights
-    model = (build_model(trained, config) if trained else GPT(config)).to(device)
+    model = GPT(config) if resumed or not trained else build_model(trained, config)
+    model.to(device)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device} in {dtype}")
@@ -1031,12 +1035,12 @@ def main():
         part = "" if config.eval_only else "val "
         print(f"{part}loss {loss}; a uniform guess: ln({V}) = {math.log(V):.4f}")
     elif checkpoint["must_match"] != trained["must_match"]:
-        raise UserError(f"--resume: {config.out} began with other data, block_size or optimizers")
+        raise UserError(f"--resume: {config.out} began with other data, sizes or optimizers")
     else:
         checkpoint = trained | {"config": vars(config)}
     if config.eval_only:
         return
-    per_step = len(train_data.training_batch(0)[0]) * config.block_size
+    per_step = train_data.training_batch(0)[0].numel()
     print(f"from step {checkpoint['last']['step']}: {per_step:,} tokens per step")
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)
     step, _, _, best = min(checkpoint["history"], key=lambda entry: entry[3])

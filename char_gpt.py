@@ -1,8 +1,8 @@
 """Character-level GPT: the transformer of GPT-2, small enough to train on Shakespeare at home.
 
 bigram.py predicts the next character from the current one alone. Here each prediction can use up to
-256 characters, and the model learns which of them matter. The data, the generation and the
-evaluation are the same as there; the model and its training are new.
+256 characters (the small model: 128), and the model learns which of them matter. The data, the
+generation and the evaluation are the same as there; the model and its training are new.
 
     python char_gpt.py                # the full model on a GPU; on a CPU a small one: 3.5 minutes
     python char_gpt.py --full         # the full 6-layer, 384-wide model on a CPU too: 31 minutes
@@ -57,13 +57,13 @@ class GPTConfig:
     seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model on a CPU, too
     device: str = "auto"  # cuda, mps or cpu
-    dtype: str = "auto"  # of matrix products: float32 or bfloat16
+    dtype: str = "auto"  # of the model's matrix products: float32 or bfloat16
     compile: bool = sys.platform == "linux"  # use torch.compile on a CUDA GPU (needs Linux)
     resume: bool = False  # continue from the checkpoint, if there is one
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/char_gpt.pt"  # checkpoint, for sample.py and --resume
 
-# What a CPU trains unless told otherwise: a smaller model, in 3.5 minutes. (It overfits less.)
+# What a CPU trains: a smaller model, in 3.5 minutes, which overfits less and needs less decay.
 CPU_SETTINGS = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, weight_decay=0.1,
                     max_iters=2100, eval_interval=300)
 
@@ -75,8 +75,8 @@ class CharTokenizer:
     def __init__(self, chars):
         self.chars = sorted(set(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
-        self.tokens = [char.encode() for char in self.chars]  # as bytes
-        self.end_of_text = -1  # number of the token that ends a text: no token has this one
+        self.tokens = [char.encode() for char in self.chars]  # as bytes, for sample.py
+        self.end_of_text = -1  # for sample.py: no token, as none has this number, ends a text
 
     def encode(self, text):
         unknown = set(text) - set(self.chars)
@@ -102,8 +102,8 @@ def get_batch(data, config, step):
     row of x is a stretch of T = block_size tokens, and the row of y is the same stretch one token
     later: y[b, t] is the token that follows x[b, t]. So every row holds T exercises in prediction.
 
-    An epoch starts at a random offset, so that each one cuts the data differently. It shuffles
-    the stretches and uses each once, B at a time. (The last few, if they do not fill a batch, are
+    An epoch, which is one pass through the data, starts at a random offset, so that each one cuts
+    the data differently, and takes the stretches in random order, B at a time. (The last few may be
     left out.) All of this depends only on seed and step, so that a run can be repeated."""
     B = config.batch_size
     T = config.block_size
@@ -120,7 +120,7 @@ def get_batch(data, config, step):
 # ---- Model --------------------------------------------------------------------------------------
 
 # In the shapes below, B is the batch size, T the number of tokens in a sequence, and C = n_embd.
-# Inside the model every token is a vector of C numbers: x is (B, T, C) from beginning to end.
+# Inside the model every token is a vector of C numbers: x is (B, T, C), from embedding to scores.
 
 class LayerNorm(nn.Module):
     """Shifts and scales the vector of each token to mean 0 and variance 1, however large it was.
@@ -144,8 +144,8 @@ class LayerNorm(nn.Module):
 
 class GELU(nn.Module):
     """The activation function: a smooth version of max(0, x). It stands between two multiplications
-    by a matrix; without it, they would equal a single one. It is x * P(Z <= x), with Z a standard
-    normal variable; the constants make tanh a close approximation. Hendrycks & Gimpel 2016."""
+    by a matrix, which would amount to a single one without it. It is x * P(Z <= x), with Z a normal
+    variable; the formula with tanh comes very close to that. Hendrycks & Gimpel 2016."""
     def __init__(self, config):
         super().__init__()
         self.by_hand = config.by_hand
@@ -174,9 +174,8 @@ def attention(q, k, v):
     q, k, v and the result are (B, n_head, T, head_size): there are n_head such tables for each
     sequence, as CausalSelfAttention explains. Vaswani et al. 2017, section 3.2.1."""
     T, head_size = q.shape[-2:]
-    # A sum of head_size independent terms has sqrt(head_size) times the standard deviation of one.
-    # Without this division, the scores would be large, and push the softmax towards 0 and 1, where
-    # its gradient vanishes.
+    # A sum of head_size independent terms grows with sqrt(head_size). Without the division, large
+    # scores would push the softmax towards 0 and 1, where its gradient vanishes.
     scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T)
     # The causal mask: no token may see the ones after it, or it would see what it has to predict.
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # column <= row
@@ -193,7 +192,7 @@ class CausalSelfAttention(nn.Module):
             raise UserError(f"--n_head {config.n_head} does not divide --n_embd {config.n_embd}")
         self.n_head = config.n_head
         self.by_hand = config.by_hand
-        # nn.Linear multiplies by a learned matrix and adds a learned bias. The names are OpenAI's.
+        # nn.Linear multiplies by a learned matrix and adds a learned bias. (c_ names are OpenAI's.)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # combines what the heads found
 
@@ -206,7 +205,7 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
         k = k.view(B, T, self.n_head, head_size).transpose(1, 2)
         v = v.view(B, T, self.n_head, head_size).transpose(1, 2)
-        # PyTorch's attention (is_causal: with the causal mask) is faster; not in bfloat16 on a CPU.
+        # PyTorch's attention, with the causal mask, is faster, but not in bfloat16 on a CPU.
         if self.by_hand or (q.dtype == torch.bfloat16 and q.device.type == "cpu"):
             y = attention(q, k, v)
         else:
@@ -249,7 +248,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019). The parameters have the names that Transformers gives them."""
+    """GPT-2 (Radford et al. 2019). Hugging Face's transformers library uses the same names."""
     def __init__(self, config):
         super().__init__()
         self.context_size = config.block_size
@@ -269,7 +268,7 @@ class GPT(nn.Module):
 
     def initialize(self, config):
         """Random weights: if all were equal, all numbers in a layer would get equal gradients and
-        stay equal. Small ones (GPT-2 has 0.02, for positions 0.01) give almost a uniform guess."""
+        stay equal. Small ones (GPT-2: 0.02, but 0.01 for positions) give almost a uniform guess."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -285,8 +284,8 @@ class GPT(nn.Module):
         B, T = idx.shape
         if T > self.context_size:
             raise UserError(f"{T} tokens do not fit into a context of {self.context_size}")
-        # The mean that attention takes does not depend on the order of the tokens. So each token's
-        # vector also says where it stands: one embedding is of the token, one of its position.
+        # The weight of a token in attention does not depend on where it stands. So its vector must
+        # say that, too: one embedding is of the token, one of its position.
         positions = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for block in self.transformer.h:
@@ -325,8 +324,8 @@ def generate(model, idx, max_new_tokens, choose=sample):
 class Optimizer:
     """What Adam and Muon have in common. Plain gradient descent has one learning rate for all, but
     some parameters have gradients a thousand times as large as others. Here, update() decides how
-    each of them moves, by running means of its gradients, since a single one comes from one batch.
-    Weight decay also shrinks the parameters a little in each step, so that only what the gradients
+    each one moves, by running means of its gradients, since a single one comes from one batch. With
+    weight decay, each step also shrinks the parameters a little, so that only what the gradients
     keep asking for becomes large. Parameters of equal shape are stacked, so that one operation
     works on all of them: on a GPU, many small ones take longer than a few large ones."""
     def __init__(self, params, learning_rate, weight_decay=0.0):
@@ -347,7 +346,7 @@ class Optimizer:
         for params, means in zip(self.stacks, self.means):
             # The gradient is None if the model does not use the parameter.
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            updates = self.update(torch.stack(grads), means)  # (number of parameters, *shape)
+            updates = self.update(torch.stack(grads), means)  # as Adam or Muon defines it
             for p, update in zip(params, learning_rate * updates):
                 p *= 1 - learning_rate * self.weight_decay
                 p -= update
@@ -358,14 +357,14 @@ class Adam(Optimizer):
     gradient. The update is m / sqrt(v). If the gradient is always g, this is g / |g|, which is 1 or
     -1: a step is as long as the learning rate says, however large or small g is. If the gradient
     keeps changing its sign, m is near 0, and the number hardly moves. Kingma & Ba 2015; with this
-    kind of weight decay, Adam is called AdamW (Loshchilov & Hutter 2019)."""
+    kind of weight decay, it is called AdamW (Loshchilov & Hutter 2019)."""
     n_means = 2
     beta1 = 0.9
     beta2 = 0.999
     eps = 1e-8
 
     def update(self, grads, means):
-        m, v = means
+        m, v = means  # each (number of parameters, *shape), as grads
         m.lerp_(grads, 1 - self.beta1)  # m += 0.1 * (grads - m)
         v.lerp_(grads**2, 1 - self.beta2)  # v += 0.001 * (grads**2 - v)
         # Both means began at 0. After n steps, the gradients in m have a total weight of only
@@ -376,20 +375,21 @@ class Adam(Optimizer):
 
 
 def orthogonalize(x, rounds=4):
-    """Makes the directions of a matrix about equally strong; x (n, rows, columns) has n matrices.
+    """Newton-Schulz iteration, for Muon; x (n, rows, columns) has n matrices.
 
     Every matrix X is a product U S V^T, its singular value decomposition: V^T takes the input apart
-    into perpendicular directions, S multiplies each by its strength s (singular value), and U turns
-    them into directions of the output. Since U^T U = V^T V = 1, X X^T X is U S^3 V^T: products can
-    change the strengths, without U and V being known. a X + b (X X^T) X + c (X X^T)^2 X makes each
-    of them a s + b s^3 + c s^5. With the a, b, c below (Jordan et al. 2024), a small s becomes 3.4
-    times as large, and a large one stays between 0.7 and 1.2. In four rounds, 0.1 becomes 0.340,
-    0.992, 0.707, 1.107, and 0.001 becomes 0.003, 0.012, 0.041, 0.140. So the weakest stay weak: in
+    into perpendicular directions, S multiplies each by a number s, its strength (singular value),
+    and U turns them into directions of the output. If all s are 1, the matrix is orthogonal. The
+    strengths can be changed without knowing U and V: U^T U and V^T V are the identity, so that
+    X X^T X is U S^3 V^T, and the strengths of a X + b (X X^T) X + c (X X^T)^2 X are
+    a s + b s^3 + c s^5. With the a, b, c below (Jordan et al. 2024), a small s becomes 3.4 times as
+    large, and from 0.2 upwards it stays between 0.65 and 1.21. In four rounds, 0.1 becomes 0.340,
+    0.992, 0.707, 1.107, and 0.001 becomes 0.003, 0.012, 0.041, 0.140. So not all get close to 1: in
     the small model, 42% of the strengths end above 0.5 in the first step, and 81% in step 81."""
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
-        x = x.mT  # transposed: X X^T is smaller then
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # now no strength is above 1
+        x = x.mT  # transposed (U and V change places): X X^T is smaller then
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # by the root of the sum of all s^2
     for _ in range(rounds):
         # bmm() multiplies n pairs of matrices; baddbmm(x, y, z) is beta * x + alpha * y @ z.
         square = torch.bmm(x, x.mT)  # X X^T, (n, rows, rows)
@@ -399,8 +399,8 @@ def orthogonalize(x, rounds=4):
 
 
 class Muon(Optimizer):
-    """For matrices (Jordan et al. 2024). In the gradient of a matrix, a few directions are strong,
-    and the others can be hundreds of times weaker. Muon makes the directions of its running mean
+    """For matrices (Jordan et al. 2024). In the gradient of a matrix, a few directions (see above)
+    are strong, and the others can be hundreds of times weaker. Muon makes those of its running mean
     about equally strong, so that the model also learns what the weak ones say."""
     n_means = 1
     momentum = 0.95
@@ -411,14 +411,15 @@ class Muon(Optimizer):
         ahead = grads.lerp(m, self.momentum)  # what m would be after the same gradient once more
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
-        # Spread over more outputs than inputs, the same strength would change each output less.
+        # With a strength of 1, all outputs together change by the length of the input: if there are
+        # 4 times as many, each changes half as much. The factor makes up for this.
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
 
 
 def make_optimizers(model, config):
-    """Muon is for the matrices in the blocks. Gains and biases are not matrices, and in an
-    embedding each row belongs to a token of its own, whose gradient should not be mixed with those
-    of others: these are left to Adam, without weight decay."""
+    """Muon is for the matrices in the blocks. Gains and biases are not matrices, and each row of an
+    embedding belongs to one token or position, whose gradient should not be mixed with those of
+    others: these are left to Adam, without weight decay."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices, config.muon_learning_rate, config.weight_decay)
@@ -443,7 +444,7 @@ def evaluate(model, data, config):
 
 def training_step(model, optimizers, x, y, step, config, autocast):
     """One step of gradient descent; returns the loss."""
-    # The learning rates rise while the optimizers' means are not yet reliable, and then fall to
+    # The learning rates rise while the optimizers' means are of few gradients, and then fall to
     # zero in a straight line: large steps to get near a minimum, small ones to settle in it.
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
@@ -453,7 +454,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
         _, loss = model(x, y)
     model.zero_grad()
     loss.backward()
-    # Gradient clipping shortens long ones: an unusual batch must not distort the optimizers' means.
+    # Clipping shortens a gradient that is too long: an unusual batch must not distort the means.
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
         raise UserError(f"infinite gradient in step {step + 1}: try lower learning rates")
@@ -496,8 +497,8 @@ def show_progress(step, loss, n_tokens, progress, started):
 
 def save(checkpoint, started, model, optimizers, path):
     """Write the checkpoint to path. "model" has the weights with the lowest validation loss so far,
-    since later ones may overfit. "last" has everything that the next step depends on, so that a run
-    that was stopped and resumed ends exactly like one that was not."""
+    since later ones may overfit. "last" has all that the next step depends on, so that a run that
+    was stopped and resumed ends like one that was not, on a CPU to the last bit."""
     step, n_read, _, val_loss = checkpoint["history"][-1]
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
@@ -511,7 +512,7 @@ def save(checkpoint, started, model, optimizers, path):
 
 
 def restore(last, model, optimizers):
-    """Go back to "last". Returns step, tokens read, and the start time of a run without a break."""
+    """Go back to "last". Returns step, tokens read, and a start time that leaves out the break."""
     if last["step"] > 0:
         model.load_state_dict(last["model"])
         for optimizer, means in zip(optimizers, last["optimizers"], strict=True):
@@ -526,7 +527,7 @@ def report(checkpoint, model, tokenizer, config):
     step, _, train_loss, val_loss = checkpoint["history"][-1]
     # The loss is a natural logarithm, in nats; divided by ln 2 it is in bits. Per byte of text
     # instead of per token, it can be compared between models whose tokens differ in length.
-    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]
+    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]  # of the validation text
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
     torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
     # There must be something to continue: token 0, which in Shakespeare is the line break.
@@ -560,14 +561,14 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() turns any error into this: full disk, Ctrl-C
+    except RuntimeError as error:  # torch.save() makes this of any other (full disk, Ctrl-C)
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_text(path):
-    """The text file at path; by default Tiny Shakespeare or, without a network, our own play."""
+    """The text file at path; by default Tiny Shakespeare or, without a network, a shipped play."""
     default = DATA / "tinyshakespeare.txt"
     if not path and not default.exists():
         try:
@@ -634,7 +635,7 @@ def main():
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
     config = GPTConfig(**flags)
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not at the first evaluation
     device = pick_device(config.device)
     checkpoint = None
     settings = CPU_SETTINGS if device.type == "cpu" and not config.full else {}

@@ -577,7 +577,7 @@ def test_the_command_says_what_it_does(clone):
         r"step 60: .* (\S+) \(perplexity (\S+), (\S+) bits/byte\) val", output).groups()
     assert float(loss) < 4.5 and 2 < float(bits) < 5
     assert float(perplexity) == pytest.approx(math.exp(float(loss)), abs=0.01)
-    for part in ("the full model's (--full): vocab_size 300, n_layer 2", "parameters", "from step 0: 512 tokens per step", "best val loss"):
+    for part in ("--full trains", "not the defaults: vocab_size 300, n_layer 2", "parameters", "from step 0: 512 tokens per step", "best val loss"):
         assert part in output
     assert "next: python sample.py out/bpe_gpt.pt" in output
 
@@ -701,9 +701,10 @@ def test_a_folder_of_tokens_is_trained_on_without_being_read_whole(command, tmp_
         command("x.pt", "--data", tmp_path, "--init", tmp_path / "other.pt")
 
 
-def test_each_process_gets_a_row_in_every_step(monkeypatch):
-    """Even if total_batch_size, here 31 tokens, has room for one of 16 only."""
+def test_more_processes_than_rows_are_refused(command, monkeypatch):
+    """Each needs one in every step: 31 tokens are one row of 16."""
     monkeypatch.setattr(bpe_gpt, "N_PROCESSES", 2)
-    config = GPTConfig(block_size=16, total_batch_size=31)
-    x, _ = TextData(np.arange(1000), config).training_batch(0)
-    assert x.shape == (2, 16)
+    monkeypatch.setattr(bpe_gpt, "join_processes", lambda device: None)
+    monkeypatch.setattr(bpe_gpt.dist, "all_reduce", lambda tensor: None)
+    with pytest.raises(ValueError, match="--total_batch_size must be at least 32"):
+        command("x.pt", *SIZE.split(), "--total_batch_size", "31")

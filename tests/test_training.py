@@ -396,6 +396,20 @@ def test_of_several_losses_the_lowest_decides_and_its_weights_are_a_copy(
 
 
 @for_each_gpt
+def test_the_best_weights_stay_the_best_when_a_run_is_resumed(script, train, monkeypatch):
+    """A run is stopped after its best evaluation, and what comes later is worse."""
+    losses = [9.0, 1.0]  # before training, and after 4 steps
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "evaluate", lambda *args: losses.pop(0))
+        best = train(script, "x.pt", FLAGS[script] + " --max_iters 4")["model"]
+    monkeypatch.setattr(script, "evaluate", lambda *args: 2.0)
+    resumed = train(script, "x.pt", "--resume --max_iters 12")
+    assert resumed["last"]["step"] == 12
+    assert same(resumed["model"], best)
+    assert not same(resumed["last"]["model"], best)
+
+
+@for_each_gpt
 def test_the_training_loss_is_the_mean_since_the_last_evaluation(script, train, monkeypatch):
     training_step = script.training_step
     losses = []
@@ -471,7 +485,7 @@ def test_an_edited_text_is_refused_on_resuming_even_if_the_first_batch_is_the_sa
 @pytest.mark.parametrize("first, then", [("0.02", "0"), ("0", "0.02")])
 def test_the_kind_of_optimizer_cannot_change_in_the_middle_of_a_run(train, first, then):
     train(bpe_gpt, "x.pt", FLAGS[bpe_gpt] + f" --max_iters 4 --muon_learning_rate {first}")
-    with pytest.raises(ValueError, match="began with other data, block_size or optimizers"):
+    with pytest.raises(ValueError, match="began with other data, sizes or optimizers"):
         train(bpe_gpt, "x.pt", f"--resume --max_iters 8 --muon_learning_rate {then}")
 
 
