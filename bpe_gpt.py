@@ -447,7 +447,7 @@ class Optimizer:
         self.n_steps = 0
         by_shape = defaultdict(list)
         for p in params:
-            by_shape[p.shape].append(p)
+            by_shape[p.shape if p.numel() < 2**20 else p].append(p)  # large ones by themselves
         self.stacks = list(by_shape.values())
         self.means = [ps[0].new_zeros(self.n_means, len(ps), *ps[0].shape) for ps in self.stacks]
 

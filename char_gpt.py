@@ -326,15 +326,15 @@ class Optimizer:
     some parameters have gradients a thousand times as large as others. Here, update() decides how
     each one moves, by running means of its gradients, since a single one comes from one batch. With
     weight decay, each step also shrinks the parameters a little, so that only what the gradients
-    keep asking for becomes large. Parameters of equal shape are stacked, so that one operation
-    works on all of them: on a GPU, many small ones take longer than a few large ones."""
+    keep asking for becomes large. Small parameters of equal shape are stacked: on a GPU, many small
+    operations take longer than one that works on all of them."""
     def __init__(self, params, learning_rate, weight_decay=0.0):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.n_steps = 0
         by_shape = defaultdict(list)
         for p in params:
-            by_shape[p.shape].append(p)
+            by_shape[p.shape if p.numel() < 2**20 else p].append(p)  # large ones by themselves
         self.stacks = list(by_shape.values())
         self.means = [ps[0].new_zeros(self.n_means, len(ps), *ps[0].shape) for ps in self.stacks]
 
