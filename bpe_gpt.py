@@ -72,8 +72,7 @@ class GPTConfig:
     eval_only: bool = False  # print the loss on all of --data (of a folder, its val.bin), and end
     out: str = "out/bpe_gpt.pt"  # checkpoint, for sample.py, --resume and --init
 
-# The published models; vocab_size and block_size are those above.
-SIZES = {
+SIZES = {  # of the published models, besides vocab_size and block_size, which are those above
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124,439,808 parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 354,823,168
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774,030,080
@@ -394,8 +393,7 @@ class GPT(nn.Module):
         start = caches[0].length if caches else 0
         if start + T > self.context_size:
             raise UserError(f"{start + T} tokens do not fit into a context of {self.context_size}")
-        if start > 0 and T > 1:
-            raise ValueError("caches that are not empty take one token at a time")
+        assert start == 0 or T == 1, "caches that are not empty take one token at a time"
         # The weight of a token in attention does not depend on where it stands. So its vector must
         # say that, too: one embedding is of the token, one of its position.
         positions = torch.arange(start, start + T, device=idx.device)
@@ -532,9 +530,8 @@ def make_optimizers(model, config):
 
 # ---- Training -----------------------------------------------------------------------------------
 
-# `torchrun --nproc_per_node=8 bpe_gpt.py` starts 8 processes, one per GPU, with the same model.
-# Each computes the gradient for its share of a step's sequences; the sum over all processes is the
-# gradient of the step. (Dropout and rounding differ from a single process.) The first one saves.
+# torchrun starts several processes, one per GPU, with the same model. Each computes the gradient
+# for its share of a step's rows; the sum over all is the gradient of the step. The first one saves.
 RANK = int(os.environ.get("RANK") or 0)
 N_PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
 
@@ -722,7 +719,7 @@ def read_records(path):
             for name in ("instruction", "input", "output"):  # they may be null, or a number
                 record[name] = "" if record[name] is None else str(record[name])
         return [record for record in records if record["output"] != ""]
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{path} is not a list of records with instruction and output") from None
 
 
@@ -824,9 +821,9 @@ def read_safetensors(path):
     of the header; the header, in JSON, which says where each tensor lies; and the numbers."""
     data = np.memmap(path, np.uint8, mode="c")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(data[8:start].tobytes())
+    header = json.loads(data[8:start].tobytes()) if start < len(data) else {}
     header.pop("__metadata__", None)  # a comment
-    if len(data) - start != max(entry["data_offsets"][1] for entry in header.values()):
+    if len(data) - start != max([entry["data_offsets"][1] for entry in header.values()] or [-1]):
         raise UserError(f"{path} is damaged: delete it, to download it again")
     state = {}
     for name, entry in header.items():
@@ -896,7 +893,7 @@ def load_checkpoint(path, *scripts, mmap=False):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"cannot load {path}: {str(error).split('. ')[0]}") from None
+        raise UserError(f"{path} is missing, damaged or no checkpoint: {error!s:.60}") from None
     if checkpoint.get("written_by") not in scripts:
         raise UserError(f"{path} was not written by this {' or '.join(scripts)}")
     return checkpoint
@@ -951,7 +948,8 @@ def load_tokens(config, tokenizer):
     if os.path.isdir(config.data):
         if tokenizer is None or tokenizer.tokens != gpt2_tokenizer().tokens:
             raise UserError(f"{config.data} has GPT-2's tokens, not those of another vocabulary")
-        parts = [np.memmap(f"{config.data}/{name}.bin", "<u2", "r") for name in ("train", "val")]
+        names = ["val" if config.eval_only else "train", "val"]
+        parts = [np.memmap(f"{config.data}/{name}.bin", "<u2", "r") for name in names]
     else:
         text = load_text(config.data)
         n = int(0.9 * len(text))
@@ -969,6 +967,8 @@ def choose_settings(flags, device, resumed, trained):
     given = GPTConfig(**flags)
     if given.eval_only and not given.init:
         raise UserError("--eval_only needs --init, the model to be evaluated")
+    if given.init == given.out and not (resumed or given.eval_only):
+        raise UserError("--init and --out are the same file: give another --out")
     settings = {}
     if device.type != "cuda" and not (given.full or given.init or resumed):
         settings |= CPU_SETTINGS
@@ -991,12 +991,12 @@ def choose_settings(flags, device, resumed, trained):
 
 def new_checkpoint(config, tokenizer, train_data, val_data, trained):
     before = END_OF_TEXT if os.path.isdir(config.data) else "\n"
-    has_muon = config.muon_learning_rate > 0
+    sizes = [config.n_layer, config.n_head, config.n_embd, config.block_size]
     return dict(
         written_by="bpe_gpt", config=vars(config), vocab=tokenizer.tokens,
         text_before=trained["text_before"] if trained else before,  # see sample.py
         bytes_per_token=[bytes_per_token(data, tokenizer) for data in (train_data, val_data)],
-        must_match=[train_data.hash, config.block_size, config.n_head, has_muon],
+        must_match=[train_data.hash, config.muon_learning_rate > 0, *sizes],
         history=[],  # of each evaluation: step, tokens read, training and validation loss
         model={},  # the weights with the lowest validation loss so far
         last=dict(step=0, n_read=0, seconds=0))  # what the next step depends on: see save()

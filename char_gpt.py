@@ -590,7 +590,7 @@ def load_checkpoint(path, *scripts, mmap=False):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"cannot load {path}: {str(error).split('. ')[0]}") from None
+        raise UserError(f"{path} is missing, damaged or no checkpoint: {error!s:.60}") from None
     if checkpoint.get("written_by") not in scripts:
         raise UserError(f"{path} was not written by this {' or '.join(scripts)}")
     return checkpoint
@@ -651,11 +651,12 @@ def main():
     train_data, val_data = split_data(torch.tensor(tokenizer.encode(text), device=device), config)
     torch.manual_seed(config.seed)  # of the initial weights
     model = GPT(config).to(device)
-    print(f"{len(text):,} characters, {V} of them distinct")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device} in {dtype}")
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    print(f"{len(text):,} characters, {V} of them distinct; {size}, on {device} in {dtype}")
     changed = [f"{n} {x}" for n, x in vars(config).items() if x != getattr(GPTConfig, n)]
     print(f"settings that differ from the full model's (--full): {', '.join(changed)}")
-    must_match = dict(n_head=config.n_head, text=hashlib.sha256(text.encode()).hexdigest())
+    text_hash = hashlib.sha256(text.encode()).hexdigest()
+    must_match = [text_hash, config.n_layer, config.n_head, config.n_embd, config.block_size]
     if checkpoint is None:
         parts = [text[: len(train_data)], text[len(train_data) :]]  # training, validation
         checkpoint = dict(
@@ -668,10 +669,9 @@ def main():
             loss = evaluate(model, val_data, config)
         print(f"before training: val loss {loss:.4f}; a uniform guess: ln({V}) = {math.log(V):.4f}")
     elif checkpoint["must_match"] != must_match:
-        raise UserError(f"--resume: {config.out} began with another text or n_head")
-    per_step = config.batch_size * config.block_size
-    print(f"from step {checkpoint['last']['step']}: {per_step:,} characters per step")
+        raise UserError(f"--resume: {config.out} began with another text or size")
     checkpoint["config"] = vars(config)
+    print("from step", checkpoint["last"]["step"], "with", config.batch_size, "sequences per step")
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)
     step, _, _, best = min(checkpoint["history"], key=lambda entry: entry[3])
     print(f"best val loss {best:.4f} at step {step}; next: python sample.py {config.out}")

@@ -264,7 +264,7 @@ def test_several_tokens_at_once_are_refused_when_the_cache_is_in_use():
     model, idx = build(), torch.randint(300, (1, 10))
     caches = [Cache(40) for _ in model.transformer.h]
     model(idx, caches=caches)
-    with pytest.raises(ValueError, match="one token at a time"):
+    with pytest.raises(AssertionError, match="one token at a time"):
         model(idx[:, :2], caches=caches)
 
 
@@ -708,3 +708,11 @@ def test_more_processes_than_rows_are_refused(command, monkeypatch):
     monkeypatch.setattr(bpe_gpt.dist, "all_reduce", lambda tensor: None)
     with pytest.raises(ValueError, match="--total_batch_size must be at least 32"):
         command("x.pt", *SIZE.split(), "--total_batch_size", "31")
+
+
+def test_fine_tuning_does_not_replace_the_model_that_it_begins_with(command, tmp_path):
+    command("x.pt", *SIZE.split(), *STEPS.split())
+    before = (tmp_path / "x.pt").read_bytes()
+    with pytest.raises(ValueError, match="--init and --out are the same file"):
+        command("x.pt", "--init", tmp_path / "x.pt", *STEPS.split())
+    assert (tmp_path / "x.pt").read_bytes() == before

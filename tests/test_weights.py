@@ -120,8 +120,8 @@ def test_a_folder_that_is_not_empty_is_left_as_it_is(folder, tokenizer, checkpoi
 
 
 @pytest.mark.parametrize("names, clue", [
-    ("nothing.pt new", "cannot load nothing.pt: [Errno 2] No such file"),
-    ("half.pt new", "cannot load half.pt"),
+    ("nothing.pt new", "nothing.pt is missing, damaged"),
+    ("half.pt new", "half.pt is missing, damaged"),
     ("x.pt half.pt", "half.pt"),  # a file, not a folder
     (f"{TIED} new", "must end in .pt"),
     (f"{TIED} new.pt", "vocab"),  # the folder has none; GPT-2's cannot be had, or does not fit
@@ -453,7 +453,7 @@ def test_nothing_that_is_loaded_runs_as_code(folder, name):
             return open, (str(folder / "harm"), "w")
 
     torch.save({"written_by": "bpe_gpt", "config": SMALL, "model": Harmful()}, folder / name)
-    with pytest.raises(ValueError, match="cannot load"):
+    with pytest.raises(ValueError, match="cannot load|is missing, damaged"):
         if name == "model.pt":
             GPT.from_pretrained(folder / name)
         else:
@@ -523,6 +523,15 @@ def test_a_failed_download_leaves_one_line_and_no_file(hub, tmp_path, monkeypatc
         find_weights(name)
     assert len(str(failed.value).splitlines()) == 1 and len(hub.asked) == 1
     assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0", b"\0" * 8])
+def test_what_is_no_safetensors_file_is_called_damaged(hub, tmp_path, content):
+    """A pointer of Git LFS, for example, if somebody has put that into the data folder."""
+    (tmp_path / "data" / "gpt2").mkdir(parents=True)
+    (tmp_path / "data" / "gpt2" / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="model.safetensors is damaged: delete it"):
+        bpe_gpt.load_pretrained("gpt2")
 
 
 def test_a_part_of_a_file_whose_digest_is_not_known_is_refused_when_it_is_loaded(hub):
