@@ -151,10 +151,10 @@ def merge(ids, pair, new):
 
 
 def encode_word(word, ranks):
-    """How a word, as bytes, becomes tokens: of all neighbours that together are a token, those with
-    the lowest number are merged, since it was learned first; and so on. ranks has the numbers. For
-    example, where "lo", "ow" and "er" were learned in this order, "lower" becomes l o w e r, then
-    lo w e r, then lo w er: there is no o left for "ow"."""
+    """How a word, as bytes, becomes tokens: of the neighbours that together are a token, those with
+    the lowest number are merged, as this was learned first; and again, until there are none. ranks
+    gives the number of each token. Where "lo", "ow" and "er" were learned in this order, "lower"
+    becomes l o w e r, then lo w e r, then lo w er: there is no o left for "ow"."""
     parts = [bytes([b]) for b in word]
     while len(parts) > 1:
         merged = [a + b for a, b in zip(parts, parts[1:])]
