@@ -994,7 +994,7 @@ def new_checkpoint(config, tokenizer, train_data, val_data, trained):
     sizes = [config.n_layer, config.n_head, config.n_embd, config.block_size]
     return dict(
         written_by="bpe_gpt", config=vars(config), vocab=tokenizer.tokens,
-        text_before=trained["text_before"] if trained else before,  # see sample.py
+        text_before=trained["text_before"] if trained else before,  # before each text
         bytes_per_token=[bytes_per_token(data, tokenizer) for data in (train_data, val_data)],
         must_match=[train_data.hash, config.muon_learning_rate > 0, *sizes],
         history=[],  # of each evaluation: step, tokens read, training and validation loss

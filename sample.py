@@ -269,7 +269,7 @@ def show_attention(model, tokenizer, ids, config):
 
 @torch.no_grad()
 def explore(model, tokenizer, ids, name, path):
-    """Write data/explore.html, a page for the browser, with what the model does with ids."""
+    """Write a page for the browser: data/explore.html, with what the model does with ids."""
     has_attention = hasattr(model, "transformer")
     limit = min(81, model.context_size) if has_attention else 81  # so that the page opens fast
     if len(ids) > limit:
@@ -434,7 +434,7 @@ def main():
         return show_curves(names, config.plot)
     model, tokenizer, checkpoint = load_model(names[0])
     encode = tokenizer.encode
-    text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # each text, in training
+    text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # in training
     before = [tokenizer.tokens.index(text_before.encode())]
     if config.probs:
         return show_probs(model, tokenizer, before + encode(config.probs))
