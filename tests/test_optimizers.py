@@ -214,6 +214,7 @@ def test_a_step_takes_few_operations_since_parameters_of_one_shape_are_stacked(s
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     muon, *adams = script.make_optimizers(model, script.GPTConfig())
-    assert len(muon.stacks) == 4 and sum(map(len, muon.stacks)) == 24
-    assert operations(muon) <= 170
-    assert sum(map(operations, adams)) <= 180
+    n_matrices = sum(map(len, muon.stacks))  # 24 in 4 stacks: 160 operations
+    assert operations(muon) <= 7 * n_matrices
+    n_others = sum(len(stack) for adam in adams for stack in adam.stacks)
+    assert sum(map(operations, adams)) <= 4 * n_others
