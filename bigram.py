@@ -238,7 +238,6 @@ def replacing(path):
     in between, path is either the old file or the new one, never a part of it."""
     path = os.path.realpath(path)  # if path is a link to a file, this is the file
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # with the process's number: no other has it
-    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -7,8 +7,6 @@ from 124 million to 1.5 billion parameters; fine-tuning them; dropout; and sever
     python bpe_gpt.py --init gpt2     # fine-tune GPT-2 on Shakespeare; downloads 548 MB once
     python bpe_gpt.py --init gpt2 --instructions data/instructions.json
     torchrun --nproc_per_node=8 bpe_gpt.py                        # on 8 GPUs
-
-On Tiny Shakespeare the small model ends at 2.05 bits per byte of text, in 5.5 minutes on a CPU.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -62,7 +60,7 @@ class GPTConfig:
     weight_decay: float = 0.1  # pulls matrices and embeddings towards zero, against overfitting
     grad_clip: float = 1.0  # greatest length of the gradient, as one long vector; 0: no limit
     seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
-    full: bool = False  # train the full model without a CUDA GPU, too
+    full: bool = False  # train the full model, even where a small one is the default
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # of the model's matrix products: float32 or bfloat16
     compile: bool = sys.platform == "linux"  # use torch.compile on a CUDA GPU (needs Linux)
@@ -259,6 +257,7 @@ def make_batch(rows):
 # In the shapes below, B is the batch size, T the number of tokens in a sequence, and C = n_embd.
 # Inside the model every token is a vector of C numbers: x is (B, T, C), from embedding to scores.
 # Layer norm, GELU and attention are PyTorch's here; char_gpt.py writes them out.
+LayerNorm = nn.LayerNorm
 
 class Cache:
     """The keys and values that a block has computed so far. No token sees the ones after it, so
@@ -333,9 +332,9 @@ class Block(nn.Module):
     attention and MLP read. On the stream, it would rescale the gradient each time."""
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)  # explained in training_step()
 
@@ -356,7 +355,7 @@ class GPT(nn.Module):
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": nn.LayerNorm(config.n_embd),  # f for final; the sum of all results can be large
+            "ln_f": LayerNorm(config.n_embd),  # f for final; the sum of all results can be large
         })
         # From vectors to scores. (As in GPT-2, without a bias.)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -422,8 +421,8 @@ def generate(model, idx, max_new_tokens, choose=sample):
 
     The model reads idx once, then only new tokens. A full context becomes a window that moves on
     with each new token. All positions in it change, so it is read again, into new caches."""
-    model.eval()  # not for training: turns off dropout, in models that have it
     caches = []
+    model.eval()  # not for training: turns off dropout, in models that have it
     for _ in range(max_new_tokens):
         if not caches or idx.shape[1] > model.context_size:
             caches = [Cache(model.context_size) for _ in model.transformer.h]
@@ -600,7 +599,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
         loss = training_step(compiled, optimizers, x, y, step, config, autocast)
         losses.append(loss)
         step += 1
-        n_read += y.numel()  # with instructions, this includes padding
+        n_read += y.numel()
         if RANK == 0:
             show_progress(step, loss, n_read, step / config.max_iters, started)
         if step % config.eval_interval == 0 or step == config.max_iters:
@@ -802,14 +801,13 @@ def build_model(checkpoint, config):
     if config.n_head != checkpoint["config"]["n_head"]:  # the weights do not show this
         raise UserError(f"--n_head is {checkpoint['config']['n_head']} in this model")
     state = dict(checkpoint["model"])
+    state.setdefault("lm_head.weight", state["transformer.wte.weight"])  # if it is published
     wpe = state.get("transformer.wpe.weight")
     if wpe is not None:
         state["transformer.wpe.weight"] = wpe[: config.block_size].clone()
     with torch.device("meta"):  # makes no parameters: the tensors of state take their places
         model = GPT(config)
     is_tied = model.lm_head.weight is model.transformer.wte.weight
-    if is_tied:
-        state["lm_head.weight"] = state["transformer.wte.weight"]
     model.load_state_dict(state, assign=True)
     if is_tied:
         model.lm_head.weight = model.transformer.wte.weight
@@ -857,7 +855,6 @@ def replacing(path):
     in between, path is either the old file or the new one, never a part of it."""
     path = os.path.realpath(path)  # if path is a link to a file, this is the file
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # with the process's number: no other has it
-    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -937,7 +934,10 @@ def join_processes(device):
     if N_PROCESSES > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", RANK)))
-        dist.init_process_group()
+        # torchrun's store outlives a restart: the prefix tells new entries from old ones.
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(store=store, rank=RANK, world_size=N_PROCESSES)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
 

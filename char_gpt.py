@@ -55,7 +55,7 @@ class GPTConfig:
     weight_decay: float = 0.3  # pulls the matrices towards zero, against overfitting
     grad_clip: float = 1.0  # greatest length of the gradient, as one long vector; 0: no limit
     seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
-    full: bool = False  # train the full model on a CPU, too
+    full: bool = False  # train the full model, even where a small one is the default
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # of the model's matrix products: float32 or bfloat16
     compile: bool = sys.platform == "linux"  # use torch.compile on a CUDA GPU (needs Linux)
@@ -127,11 +127,11 @@ class LayerNorm(nn.Module):
     Then each of the C numbers is multiplied by a learned gain (weight) and a learned bias is added.
     So the next layer always gets numbers of about the same scale, which is learned for that layer.
     Ba, Kiros & Hinton 2016."""
-    def __init__(self, config):
+    by_hand = False  # GPT sets it to config.by_hand
+    def __init__(self, n_embd):
         super().__init__()
-        self.by_hand = config.by_hand
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(config.n_embd))
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd))
 
     def forward(self, x):
         if not self.by_hand:
@@ -146,10 +146,7 @@ class GELU(nn.Module):
     """The activation function: a smooth version of max(0, x). It stands between two multiplications
     by a matrix, which would amount to a single one without it. It is x * P(Z <= x), with Z a normal
     variable; the formula with tanh comes very close to that. Hendrycks & Gimpel 2016."""
-    def __init__(self, config):
-        super().__init__()
-        self.by_hand = config.by_hand
-
+    by_hand = False
     def forward(self, x):
         if not self.by_hand:
             return F.gelu(x, approximate="tanh")
@@ -186,12 +183,12 @@ def attention(q, k, v):
 class CausalSelfAttention(nn.Module):
     """Attention in n_head heads at once, each with queries, keys and values of its own, so that one
     can look for the name of the speaker, say, and another for the start of the word."""
+    by_hand = False
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head != 0:
             raise UserError(f"--n_head {config.n_head} does not divide --n_embd {config.n_embd}")
         self.n_head = config.n_head
-        self.by_hand = config.by_hand
         # nn.Linear multiplies by a learned matrix and adds a learned bias. (c_ names are OpenAI's.)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # combines what the heads found
@@ -205,11 +202,11 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
         k = k.view(B, T, self.n_head, head_size).transpose(1, 2)
         v = v.view(B, T, self.n_head, head_size).transpose(1, 2)
-        # PyTorch's attention, with the causal mask, is faster, but not in bfloat16 on a CPU.
+        # PyTorch's attention is faster, but not in bfloat16 on a CPU.
         if self.by_hand or (q.dtype == torch.bfloat16 and q.device.type == "cpu"):
             y = attention(q, k, v)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # with the causal mask
         y = y.transpose(1, 2).reshape(B, T, C)  # puts the heads' results side by side again
         return self.c_proj(y)
 
@@ -220,7 +217,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)  # fc for fully connected
-        self.gelu = GELU(config)
+        self.gelu = GELU()
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
@@ -236,9 +233,9 @@ class Block(nn.Module):
     attention and MLP read. On the stream, it would rescale the gradient each time."""
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = LayerNorm(config)
+        self.ln_1 = LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config)
+        self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x):
@@ -256,7 +253,7 @@ class GPT(nn.Module):
             "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": LayerNorm(config),  # f for final; the sum of all results can be large
+            "ln_f": LayerNorm(config.n_embd),  # f for final; the sum of all results can be large
         })
         # From vectors to scores. (As in GPT-2, without a bias.)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -265,6 +262,8 @@ class GPT(nn.Module):
         # x, which is large if x points the same way. What is learned at one end helps at the other.
         self.lm_head.weight = self.transformer.wte.weight
         self.initialize(config)
+        for module in self.modules():
+            module.by_hand = config.by_hand
 
     def initialize(self, config):
         """Random weights: if all were equal, all numbers in a layer would get equal gradients and
@@ -465,10 +464,11 @@ def training_step(model, optimizers, x, y, step, config, autocast):
 
 def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     """Train from the checkpoint on to the end of the run, and save it at every evaluation."""
+    device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
     # The compiled model has the same weights. It is faster, but takes a minute to prepare.
-    compiled = torch.compile(model) if config.compile and train_data.is_cuda else model
+    compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
         x, y = get_batch(train_data, config, step)
@@ -554,7 +554,6 @@ def replacing(path):
     in between, path is either the old file or the new one, never a part of it."""
     path = os.path.realpath(path)  # if path is a link to a file, this is the file
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # with the process's number: no other has it
-    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             yield file

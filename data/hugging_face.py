@@ -300,6 +300,7 @@ def main():
         checkpoint["vocab"] = checkpoint["vocab"] or bpe_gpt.gpt2_tokenizer().tokens
         if len(checkpoint["vocab"]) != checkpoint["config"]["vocab_size"]:
             raise UserError(f"{args.source} has no vocab.json, and is not for GPT-2's vocabulary")
+        Path(args.target).parent.mkdir(parents=True, exist_ok=True)
         with bpe_gpt.replacing(args.target) as file:
             torch.save(checkpoint, file)
     else:

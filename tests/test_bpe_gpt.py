@@ -160,7 +160,8 @@ def test_attention_is_that_of_char_gpt_and_a_cache_changes_nothing(T):
     torch.manual_seed(0)
     sizes = dict(n_head=4, n_embd=32)
     ours = bpe_gpt.CausalSelfAttention(GPTConfig(**sizes))
-    theirs = char_gpt.CausalSelfAttention(char_gpt.GPTConfig(**sizes, by_hand=True))
+    theirs = char_gpt.CausalSelfAttention(char_gpt.GPTConfig(**sizes))
+    theirs.by_hand = True
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, T, 32)
     assert torch.allclose(ours(x), theirs(x), atol=1e-6)

@@ -36,8 +36,9 @@ def build(**settings):
 def test_every_part_keeps_the_shape_of_the_residual_stream():
     config = GPTConfig(**SMALL)
     x = torch.randn(3, 16, 32)
-    for part in (LayerNorm, GELU, CausalSelfAttention, MLP, Block):
-        assert part(config)(x).shape == (3, 16, 32), part
+    parts = [LayerNorm(32), GELU(), CausalSelfAttention(config), MLP(config), Block(config)]
+    for part in parts:
+        assert part(x).shape == (3, 16, 32), part
     q = torch.randn(3, 4, 16, 8)
     assert attention(q, q, q).shape == (3, 4, 16, 8)
 
@@ -128,9 +129,16 @@ def by_hand(request):
     return request.param
 
 
+def set_by_hand(module, by_hand):
+    """A layer with the formulas of char_gpt.py (by_hand), or with PyTorch's built-ins."""
+    for part in module.modules():
+        part.by_hand = by_hand
+    return module
+
+
 def test_layer_norm_equals_pytorch(by_hand):
     torch.manual_seed(0)
-    ours = LayerNorm(GPTConfig(**SMALL, by_hand=by_hand))
+    ours = set_by_hand(LayerNorm(32), by_hand)
     theirs = nn.LayerNorm(32)
     for p, q in zip(ours.parameters(), theirs.parameters()):
         q.data = p.data = torch.randn(32)
@@ -143,20 +151,20 @@ def test_layer_norm_equals_pytorch(by_hand):
 
 
 def test_layer_norm_makes_mean_0_and_variance_1(by_hand):
-    y = LayerNorm(GPTConfig(**SMALL, by_hand=by_hand))(5 + 7 * torch.randn(2, 8, 32))
+    y = set_by_hand(LayerNorm(32), by_hand)(5 + 7 * torch.randn(2, 8, 32))
     assert torch.allclose(y.mean(-1), torch.zeros(2, 8), atol=1e-5)
     assert torch.allclose(y.var(-1, correction=0), torch.ones(2, 8), atol=1e-4)
 
 
 def test_gelu_equals_pytorch(by_hand):
-    ours = GELU(GPTConfig(by_hand=by_hand))
+    ours = set_by_hand(GELU(), by_hand)
     same(ours, nn.GELU(approximate="tanh"), torch.linspace(-6, 6, 99))
 
 
 def test_gelu_is_near_x_times_the_normal_distribution():
     x = torch.linspace(-6, 6, 99)
     expected = x * torch.distributions.Normal(0, 1).cdf(x)
-    assert torch.allclose(GELU(GPTConfig(by_hand=True))(x), expected, atol=1e-3)
+    assert torch.allclose(set_by_hand(GELU(), True)(x), expected, atol=1e-3)
 
 
 def test_attention_equals_pytorch():
@@ -194,7 +202,7 @@ def test_the_example_in_the_docstring_of_attention_is_right():
 
 def test_causal_self_attention_equals_pytorch_multi_head_attention(by_hand):
     torch.manual_seed(0)
-    ours = CausalSelfAttention(GPTConfig(**SMALL, by_hand=by_hand))
+    ours = set_by_hand(CausalSelfAttention(GPTConfig(**SMALL)), by_hand)
     theirs = nn.MultiheadAttention(32, 4, batch_first=True)
     weights = [ours.c_attn.weight, ours.c_attn.bias, ours.c_proj.weight, ours.c_proj.bias]
     for p, q in zip(theirs.parameters(), weights):
@@ -206,7 +214,7 @@ def test_causal_self_attention_equals_pytorch_multi_head_attention(by_hand):
 
 def test_a_block_equals_pytorch_transformer_layer(by_hand):
     torch.manual_seed(0)
-    ours = Block(GPTConfig(**SMALL, by_hand=by_hand))
+    ours = set_by_hand(Block(GPTConfig(**SMALL)), by_hand)
     gelu = nn.GELU(approximate="tanh")
     theirs = nn.TransformerEncoderLayer(32, 4, 128, 0.0, gelu, batch_first=True, norm_first=True)
     for part, layer in (
@@ -240,6 +248,8 @@ def test_by_hand_or_not_it_is_the_same_model(dtype):
     model = build()
     by_hand = build(by_hand=True)
     by_hand.load_state_dict(model.state_dict())
+    assert all(part.by_hand for part in by_hand.modules())
+    assert not any(part.by_hand for part in model.modules())
     idx = torch.randint(65, (2, 16))
     tolerance = 1e-6 if dtype == torch.float32 else 0.02
     for m in (model, by_hand):

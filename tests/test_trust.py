@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -87,13 +88,18 @@ STEPS = STEPS.replace("--max_iters 60", "--max_iters 20")
 
 
 def torchrun(n, *flags, cwd, restarts=0):
-    """Starts bpe_gpt.py in n processes, as on a machine with n GPUs."""
+    """Starts bpe_gpt.py in n processes, as on a machine with n GPUs. They are stopped if they still
+    wait for each other after ten minutes."""
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
     command += [f"--max-restarts={restarts}", str(ROOT / "bpe_gpt.py"), *flags]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *command], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         encoding="utf-8", env=without_gpu(OMP_NUM_THREADS="1"),
     )
+    timer = threading.Timer(600, process.terminate)
+    timer.daemon = True
+    timer.start()
+    return process
 
 
 def history(path):
