@@ -451,7 +451,6 @@ MISTAKES = [
     (["--top_k", "-1"], "--top_k must not be negative"),
     (["--temperature", "-1"], "--temperature must not be negative"),
     (["--temperature", "nan"], "--temperature must not be negative"),
-    (["--beam", "3", "--num_samples", "5"], "--beam 3 finds no more texts"),
     (["out/bigram.pt", "--attention", "The sea"], "has no attention"),
     (["--attention", "The", "--layer", "2"], "--layer is from 0 to 1"),
     (["--attention", "The", "--head", "-1"], "--head from 0 to 1"),
