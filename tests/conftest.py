@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
 import bpe_gpt  # noqa: E402
 
@@ -53,7 +53,7 @@ needs_gpt2_tokenizer = pytest.mark.skipif(
 def runner():
     """The process that runs scripts for run(), where there is fork()."""
     return subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "runner.py"],
+        [sys.executable, ROOT / "tests" / "tools" / "runner.py"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
     )
 

@@ -3,7 +3,7 @@
 A test that fails says in words what is wrong, and does not show its own lines. The names of all
 tests of an exercise begin with the word by which its command selects them. They use nothing of the
 scripts but what comes before the exercise: the examples are small, and their results were computed
-by hand or with plain arithmetic. tests/exercises.py makes sure that wrong answers fail."""
+by hand or with plain arithmetic. tests/tools/wrong_answers.py makes sure that wrong answers fail."""
 
 import itertools
 import math

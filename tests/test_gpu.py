@@ -1,4 +1,4 @@
-"""What must be true on a CUDA GPU. Without one, these tests are skipped; tests/gpu.sh runs them and
+"""What must be true on a CUDA GPU. Without one, these tests are skipped; tests/tools/gpu.sh runs them and
 measures the speed there."""
 
 import pytest

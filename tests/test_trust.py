@@ -44,7 +44,7 @@ def folder(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(folder):
     """A model of characters, one of tokens, and one that is fine-tuned, killed 3 times each."""
-    harness = [sys.executable, ROOT / "tests" / "killing.py"]
+    harness = [sys.executable, ROOT / "tests" / "tools" / "killing.py"]
     runs = ("char_gpt 3 a.pt", CHAR), ("bpe_gpt 3 b.pt", SCRATCH), ("bpe_gpt 3 c.pt", TUNING)
     for process in [
         subprocess.Popen(

@@ -1,6 +1,6 @@
 """The README's section "Write it yourself": its rows name functions that exist, in the order of the
 scripts, each command selects the tests of its exercise, and these fail wherever the function is
-wrong. (tests/exercises.py does the last by running the commands themselves, which takes longer.) The
+wrong. (tests/tools/wrong_answers.py does the last by running the commands themselves, which takes longer.) The
 mistakes are changes of certain lines, so that these tests are for those who maintain this, with CI=1,
 and not for readers who edit a script."""
 
@@ -11,7 +11,7 @@ import shlex
 import pytest
 import test_exercises
 from conftest import ROOT
-from exercises import MISTAKES, ZEROS, find, rows_of_the_table, wrong_versions
+from wrong_answers import MISTAKES, ZEROS, find, rows_of_the_table, wrong_versions
 
 import bigram
 import bpe_gpt

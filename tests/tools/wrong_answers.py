@@ -4,9 +4,9 @@ is run. It must pass with the real body, and fail with each of these: one that r
 NotImplementedError, none at all (so that the function returns None), one that returns zeros or the
 nearest thing to them (ZEROS), and typical mistakes (MISTAKES).
 
-    python tests/exercises.py                       # all of them, in about ten minutes
-    python tests/exercises.py attention merge       # those whose command ends with these words
-    python tests/exercises.py attention --messages  # and show what a learner would read
+    python tests/tools/wrong_answers.py                       # all of them, in about ten minutes
+    python tests/tools/wrong_answers.py attention merge       # those whose command ends with these words
+    python tests/tools/wrong_answers.py attention --messages  # and show what a learner would read
 """
 
 import ast
@@ -22,7 +22,7 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("real", "raises", "nothing", "zeros", "mistakes")  # of the table that is printed
 
 ZEROS = {

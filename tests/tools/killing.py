@@ -2,7 +2,7 @@
 resumed, until there were enough kills; prints how many there were. Used by test_trust.py, and by
 hand for longer runs, here with 100 kills:
 
-    python tests/killing.py char_gpt 100 out/x.pt --n_layer 1 --max_iters 40 --eval_interval 4
+    python tests/tools/killing.py char_gpt 100 out/x.pt --n_layer 1 --max_iters 40 --eval_interval 4
 
 The file must end as out/whole-x.pt, that of a run which nobody disturbed, or the program ends with
 an error. Each run is a fork of this process, to save the seconds of `import torch`.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def start(script, flags):

@@ -1,10 +1,10 @@
 """How fast the scripts are, beside what they are to be compared with, in one run on this machine:
 
-    python tests/bench.py                  # a table; most parts take minutes
-    python tests/bench.py --json speed.json
-    python tests/bench.py --only decode    # or limits, small, full, bpe, load, finetune: one part
-    python tests/bench.py --only gpu       # what is worth knowing of a GPU, in a few minutes
-    python tests/bench.py --long           # trains the full character model too, to its end
+    python tests/tools/bench.py                  # a table; most parts take minutes
+    python tests/tools/bench.py --json speed.json
+    python tests/tools/bench.py --only decode    # or limits, small, full, bpe, load, finetune: one part
+    python tests/tools/bench.py --only gpu       # what is worth knowing of a GPU, in a few minutes
+    python tests/tools/bench.py --long           # trains the full character model too, to its end
 
 Baselines: the plain recipe, which is the same model trained with AdamW in float32 by nanoGPT's
 published settings; text without a cache; what the machine itself can do (matrix products, reading
@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import bpe_gpt
