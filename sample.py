@@ -9,8 +9,7 @@
 To see what a model does with a text:
 
     python sample.py --probs "To be, or not"      # the probability of each token
-    python sample.py --attention "To be, or not" --layer 1 --head 2
-    python sample.py --explore "To be, or not"    # all this and more, as a page for the browser
+    python sample.py --explore "To be, or not"    # a page for the browser that runs the model
     python sample.py --shapes "To be, or not"     # what goes into each module and what comes out
     python sample.py --curve out/bigram.pt out/char_gpt.pt --plot curves.png
 """
@@ -20,6 +19,7 @@ To see what a model does with a text:
 # ///
 
 import argparse
+import base64
 import codecs
 import glob
 import inspect
@@ -61,9 +61,6 @@ class SampleConfig:
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 for a large model, if it is fast here
     seed: int = 1337  # for the random numbers: the same seed gives the same text
     probs: str = ""  # show the probability of every token in this text
-    attention: str = ""  # show which tokens of this text attend to which
-    layer: int = 0  # the layer to show with --attention
-    head: int = 0  # the head to show with --attention
     explore: str = ""  # make a page for the browser that shows what the model does with this text
     shapes: str = ""  # show the shapes that this text has on its way through the model
     curve: bool = False  # show the losses of the checkpoints that are named, in bits per byte
@@ -227,7 +224,6 @@ def record(model, ids, modules):
     calls = []
     def hook(module, inputs, output):
         calls.append((module, inputs[0], output))
-
     handles = [module.register_forward_hook(hook) for module in modules]
     model(torch.tensor([ids]))
     for handle in handles:
@@ -243,7 +239,6 @@ def attention_weights(model, ids):
         # With the rows of the identity matrix as values, their weighted mean is the weights.
         weights.append(attention(q, k, torch.eye(len(ids))))
         return attention(q, k, v)
-
     usual = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = recording
     model(torch.tensor([ids]))
@@ -251,42 +246,31 @@ def attention_weights(model, ids):
     return torch.cat(weights)
 
 
-def show_attention(model, tokenizer, ids, config):
-    if not hasattr(model, "transformer"):
-        raise UserError("a bigram model has no attention: name another checkpoint")
-    weights = attention_weights(model, ids)
-    names = [quote(tokenizer, token) for token in ids]
-    n_layer, n_head, _, _ = weights.shape
-    if not (0 <= config.layer < n_layer and 0 <= config.head < n_head):
-        raise UserError(f"--layer is from 0 to {n_layer - 1}, --head from 0 to {n_head - 1}")
-    width = max(map(len, names))
-    print(f"layer {config.layer}, head {config.head}: each row attends to the columns")
-    for letters in itertools.zip_longest(*names, fillvalue=" "):  # the names, from top to bottom
-        print(" " * width, " ".join(letters))
-    for name, row in zip(names, weights[config.layer, config.head].tolist()):
-        shades = (" ░▒▓█"[min(int(5 * math.sqrt(weight)), 4)] for weight in row)
-        print(name.rjust(width), "".join(2 * shade for shade in shades))
-    print("weights: ░ from 4%, ▒ from 16%, ▓ from 36%, █ from 64%")
-
-
 @torch.no_grad()
-def explore(model, tokenizer, ids, name, path):
-    """Write a page for the browser: data/explore.html, with what the model does with ids."""
+def explore(model, tokenizer, ids, name, history, path):
+    """Write data/explore.html, a page for the browser, with what the model does with ids."""
     has_attention = hasattr(model, "transformer")
     limit = min(81, model.context_size) if has_attention else 81  # so that the page opens fast
     if len(ids) > limit:
         raise UserError(f"--explore takes {limit - 1} tokens at most, and here are {len(ids) - 1}")
+    n_params = sum(p.numel() for p in model.parameters())
+    about = f"{n_params:,} parameters"
+    if history:
+        step, _, _, loss = min(history, key=lambda entry: entry[3])
+        about += f", validation loss {loss:.4f} after {step:,} steps"
     log_probs = next_log_probs(model, torch.tensor([ids]))  # (T, vocab_size)
     followed = log_probs[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1))  # (T - 1, 1)
     scores, order = log_probs.sort(dim=-1, descending=True)
     # Of 50,257 scores, the page gets those of the first 100 ranks and then of ranks about 1% apart.
     ranks = torch.logspace(0, math.log10(scores.shape[1]), 1200).round().long().unique()
     page = {
-        "model": name, "ids": ids, "best": order[:, :100].tolist(), "score_ranks": ranks.tolist(),
+        "model": name, "about": about, "text": tokenizer.decode(ids[1:]), "ids": ids,
+        "best": order[:, :100].tolist(), "score_ranks": ranks.tolist(),
         "names": [quote(tokenizer, i)[1:-1].replace(" ", "\u2423") for i in range(scores.shape[1])],
         "scores": scores[:, ranks - 1].double().round(decimals=4).tolist(),
         "log_probs": followed.flatten().tolist(),
         "ranks": ((log_probs[:-1] > followed).sum(dim=-1) + 1).tolist(),
+        "context_size": model.context_size if has_attention else limit,
     }
     if has_attention:
         page["attention"] = (attention_weights(model, ids) * 1000).round().int().tolist()
@@ -295,11 +279,31 @@ def explore(model, tokenizer, ids, name, path):
         x = torch.cat([calls[0][1], *(output for _, _, output in calls)])  # before and after blocks
         probs, tokens = model.lm_head(model.transformer.ln_f(x)).softmax(dim=-1).max(dim=-1)
         page["lens"] = {"tokens": tokens.tolist(), "probs": probs.tolist()}  # (n_layer + 1, T)
+    if n_params <= 16e6:
+        page |= page_model(model, tokenizer)
     data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # </script> does no harm
     html = (bpe_gpt.DATA / "explore.html").read_text(encoding="utf-8")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(html.replace('id="data">', f'id="data">{data}'))
+    script = (bpe_gpt.DATA / "gpt2.js").read_text(encoding="utf-8")
+    html = html.replace("/* data/gpt2.js comes here */", script)
+    with bpe_gpt.replacing(path) as file:
+        file.write(html.replace('id="data">', f'id="data">{data}').encode())
     print(f"saved {path}: open it in a browser")
+
+
+def page_model(model, tokenizer):
+    """What the page needs to compute by itself: the tokens, and the weights in base64, as 32-bit
+    numbers or, of a large model, as 16-bit integers with what they are to be multiplied by."""
+    rounded = sum(p.numel() for p in model.parameters()) > 2e6
+    weights = []
+    for name, p in model.named_parameters():
+        scale = p.abs().max().item() / 32767 if rounded else 0
+        numbers = (p / scale).round().short() if scale else p
+        weights.append((name, base64.b64encode(numbers.detach().numpy().tobytes()).decode(), scale))
+    return {
+        "weights": weights, "rounded": rounded, "end_of_text": tokenizer.end_of_text,
+        "tokens": [token.decode("latin-1") for token in tokenizer.tokens],  # a letter for each byte
+        "words": bpe_gpt.WORDS if isinstance(model, bpe_gpt.GPT) else None,
+    }
 
 
 def show_shapes(model, ids):
@@ -345,9 +349,8 @@ def show_curves(paths, plot):
         for path, curve in curves.items():
             megabytes, train, val = zip(*curve)
             axis.plot(megabytes, val, ".-", label=path)
-            axis.plot(megabytes, train, ":", color=axis.lines[-1].get_color())
-        axis.set(xlabel="text read (megabytes)", ylabel="bits per byte", xscale="log",
-                 title="loss on validation data (solid) and training data (dotted)")
+            axis.plot(megabytes, train, ":", color=axis.lines[-1].get_color(), label="(training)")
+        axis.set(xlabel="text read (megabytes)", ylabel="bits per byte", xscale="log")
         axis.legend()
         figure.savefig(plot, dpi=150, bbox_inches="tight")
         print(f"saved {plot}")
@@ -379,13 +382,6 @@ def load_model(name):
     return model.eval(), CharTokenizer(checkpoint["vocab"]), checkpoint
 
 
-def fast_dtype(model, device, config):
-    """Fewer bits for a large model: for each token, most time goes into reading all its weights."""
-    if config.dtype == "auto" and sum(p.numel() for p in model.parameters()) < 50e6:
-        return torch.float32
-    return pick_dtype(config.dtype, device)
-
-
 def parse_flags(Config):
     """Makes every field of Config a flag. Returns those given, and the "models", as a dict."""
     parser = argparse.ArgumentParser(
@@ -398,11 +394,13 @@ def parse_flags(Config):
         kind = switch if field.type is bool else {"type": field.type}
         parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
     flags = vars(parser.parse_args())
-    looks = [name for name in ("probs", "attention", "explore", "shapes", "curve") if name in flags]
+    looks = [name for name in ("probs", "explore", "shapes", "curve") if name in flags]
     if len(looks) > 1:
         raise UserError(f"--{looks[0]} and --{looks[1]}: one at a time")
     if len(flags["models"]) > 1 and not flags.get("curve"):
         raise UserError("only --curve takes several models")
+    if flags.get("plot", "").endswith(".pt"):
+        raise UserError(f"--plot {flags['plot']} would replace a checkpoint")
     if "" in [flags[name] for name in looks]:
         raise UserError(f"--{looks[0]} needs a text")
     for name in ("temperature", "top_k", "top_p", "min_p"):
@@ -438,15 +436,17 @@ def main():
     before = [tokenizer.tokens.index(text_before.encode())]
     if config.probs:
         return show_probs(model, tokenizer, before + encode(config.probs))
-    if config.attention:
-        return show_attention(model, tokenizer, encode(config.attention), config)
     if config.explore:
         ids = before + encode(config.explore)
-        return explore(model, tokenizer, ids, names[0], config.plot or "explore.html")
+        path = config.plot or "explore.html"
+        return explore(model, tokenizer, ids, names[0], checkpoint.get("history"), path)
     if config.shapes:
         return show_shapes(model, encode(config.shapes))
     device = pick_device(config.device)
-    dtype = fast_dtype(model, device, config)
+    is_large = sum(p.numel() for p in model.parameters()) > 50e6
+    if config.dtype == "auto" and not is_large:  # of a large one, half the bits are read faster
+        config.dtype = "float32"
+    dtype = pick_dtype(config.dtype, device)
     model.to(device, dtype)
     print(f"{names[0]} on {device}, {dtype}", file=sys.stderr)
     torch.manual_seed(config.seed)
