@@ -112,8 +112,9 @@ function attention(past, isOff) {
 }
 
 function predict(x) { // from the residual stream to the log-probabilities of the next token
-  const norm = layerNorm(x, parameters["transformer.ln_f.weight"], parameters["transformer.ln_f.bias"]);
-  return logSoftmax(linear(norm, parameters["lm_head.weight"] ?? parameters["transformer.wte.weight"]));
+  const get = (name) => parameters[`transformer.${name}`];
+  const y = layerNorm(x, get("ln_f.weight"), get("ln_f.bias"));
+  return logSoftmax(linear(y, parameters["lm_head.weight"] ?? get("wte.weight")));
 }
 
 // Reads one more token. A step is what is computed for a token, and later tokens need all earlier

@@ -44,7 +44,8 @@ def folder(diff, tmp_path_factory):
     for script in ("bigram.py", "char_gpt.py", "bpe_gpt.py", "sample.py"):
         shutil.copy(ROOT / script, folder)
     (folder / "data" / "after_gpt2").mkdir(parents=True)
-    shutil.copy(ROOT / "data" / "explore.html", folder / "data")
+    for name in ("explore.html", "gpt2.js"):
+        shutil.copy(ROOT / "data" / name, folder / "data")
     shutil.copy(diff, folder / "data" / "after_gpt2")
     text = PLAY.read_text(encoding="utf-8")[:8000]
     (folder / "play.txt").write_text(text, encoding="utf-8")
@@ -204,8 +205,6 @@ def test_sample_py_writes_and_looks_inside_without_an_edit(folder, script):
     text, _ = run("sample.py", "x.pt", "--max_new_tokens", "50", cwd=folder)
     assert len(text) == 51
     assert "perplexity" in run("sample.py", "x.pt", "--probs", "The sea", cwd=folder)[0]
-    assert "layer 1, head 1" in run(
-        "sample.py", "x.pt", "--attention", "The sea", "--layer", "1", "--head", "1", cwd=folder)[0]
     shapes, _ = run("sample.py", "x.pt", "--shapes", "The sea", cwd=folder)
     assert "transformer.h.1.attn.c_attn" in shapes
     run("sample.py", "x.pt", "--explore", "The sea", cwd=folder)

@@ -227,24 +227,6 @@ def test_the_attention_shown_is_the_attention_at_work(script):
         x = block(x)
 
 
-@pytest.mark.parametrize("layer, head", [(0, 1), (1, 0), (1, 1)])
-@pytest.mark.parametrize("script", SCRIPTS[1:])
-def test_attention_is_drawn_with_tokens_along_both_sides(command, script, layer, head):
-    flags = ("--attention", "The sea, the sea", "--layer", layer, "--head", head)
-    _, *lines, _ = command(f"out/{script}.pt", *flags).out.splitlines()
-    model, tokenizer, _ = load_model(f"out/{script}.pt")
-    ids = tokenizer.encode("The sea, the sea")
-    names = [sample.quote(tokenizer, token) for token in ids]
-    rows, width = lines[-len(ids) :], max(map(len, names))
-    assert [row[:width].lstrip() for row in rows] == names
-    columns = itertools.zip_longest(*lines[: -len(ids)], fillvalue=" ")
-    columns = ["".join(column).rstrip() for column in columns][width + 1 :: 2]
-    assert columns == names
-    for row, weights in zip(rows, sample.attention_weights(model, ids)[layer, head]):
-        shades = [sum(w >= limit for limit in (0.04, 0.16, 0.36, 0.64)) for w in weights.tolist()]
-        assert row[width + 1 :] == "".join(2 * " \u2591\u2592\u2593\u2588"[s] for s in shades)
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shapes_walks_through_all_modules_and_counts_all_parameters(command, script):
     _, *rows, total = command(f"out/{script}.pt", "--shapes", "The sea").out.splitlines()
@@ -353,17 +335,22 @@ def test_the_newest_model_speaks_and_the_same_seed_gives_the_same_text(command, 
 
 
 def test_only_large_models_have_half_the_bits_unless_told_otherwise(command, monkeypatch):
-    small = tiny(bpe_gpt)
-    with torch.device("meta"):  # takes no memory
-        large = bpe_gpt.GPT(bpe_gpt.GPTConfig())
-    for capable, expected in (True, torch.bfloat16), (False, torch.float32):
-        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": capable})
-        cpu = torch.device("cpu")
-        assert sample.fast_dtype(small, cpu, SampleConfig()) == torch.float32
-        assert sample.fast_dtype(large, cpu, SampleConfig()) == expected
-        for model, name in (small, "bfloat16"), (large, "float32"):
-            config = SampleConfig(dtype=name)
-            assert sample.fast_dtype(model, cpu, config) == getattr(torch, name)
+    _, tokenizer, checkpoint = load_model("out/bpe_gpt.pt")
+    def chosen(n_params, *flags):
+        parameter = SimpleNamespace(numel=lambda: n_params)
+        model = SimpleNamespace(parameters=lambda: [parameter], to=lambda device, dtype: None)
+        monkeypatch.setattr(sample, "load_model", lambda name: (model, tokenizer, checkpoint))
+        return command("out/bpe_gpt.pt", *flags).err.split()[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "print_texts", lambda *arguments: None)
+        patch.setattr(sample, "load_model", None)
+        for capable, expected in (True, "torch.bfloat16"), (False, "torch.float32"):
+            patch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": capable})
+            assert chosen(10**6) == "torch.float32" and chosen(10**8) == expected
+            assert chosen(10**6, "--dtype", "bfloat16") == "torch.bfloat16"
+            assert chosen(10**8, "--dtype", "float32") == "torch.float32"
+    monkeypatch.setattr(sample, "load_model", load_model)
     for name in ("float32", "bfloat16"):
         _, notes = command("out/bpe_gpt.pt", "--dtype", name, "--max_new_tokens", "20")
         assert notes.endswith(f"torch.{name}\n")
@@ -451,10 +438,6 @@ MISTAKES = [
     (["--top_k", "-1"], "--top_k must not be negative"),
     (["--temperature", "-1"], "--temperature must not be negative"),
     (["--temperature", "nan"], "--temperature must not be negative"),
-    (["out/bigram.pt", "--attention", "The sea"], "has no attention"),
-    (["--attention", "The", "--layer", "2"], "--layer is from 0 to 1"),
-    (["--attention", "The", "--head", "-1"], "--head from 0 to 1"),
-    (["--attention", "The sea " * 20], "160 tokens do not fit"),
     (["--shapes", "The sea " * 20], "160 tokens do not fit"),
     (["--probs", "\u3042"], "not in the vocabulary: ['\u3042']"),
 ]
