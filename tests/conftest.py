@@ -112,3 +112,32 @@ def clone(tmp_path_factory):
         (folder / "logs" / f"{script}.txt").write_text(output, encoding="utf-8")
         os.utime(folder / "out" / f"{script}.pt")
     return folder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """When a learner's own code ends with an error, the report of an exercise is three lines: the
+    error, the line, and the input of the function; not the lines of the test."""
+    report = yield
+    if report.when != "call" or call.excinfo is None or item.path.name != "test_exercises.py":
+        return report
+    mine = [entry for entry in call.excinfo.traceback if Path(entry.path).parent == ROOT]
+    if mine:
+        entry = mine[-1]
+        code = entry.frame.code.raw
+        names = code.co_varnames[: code.co_argcount]
+        values = [(name, entry.frame.f_locals.get(name)) for name in names]
+        report.longrepr = (
+            f"{call.excinfo.exconly()}\n"
+            f"in {Path(entry.path).name}, line {entry.lineno + 1}: {str(entry.statement).strip()}\n"
+            f"input: {', '.join(f'{name} {brief(value)}' for name, value in values)}")
+    return report
+
+
+def brief(value):
+    """A value in a few words: of a large tensor, the shape."""
+    shape = getattr(value, "shape", None)
+    text = " ".join(repr(value).split())
+    if shape is not None and len(text) > 60:
+        return f"of the shape {tuple(shape)}"
+    return f"= {text}" if len(text) <= 60 else f"({type(value).__name__})"

@@ -7,11 +7,13 @@ and not for readers who edit a script."""
 import ast
 import os
 import shlex
+import shutil
 
 import pytest
 import test_exercises
-from conftest import ROOT
-from wrong_answers import MISTAKES, ZEROS, find, rows_of_the_table, wrong_versions
+from conftest import ROOT, run
+from wrong_answers import (
+    MISTAKES, ZEROS, copy_repository, find, rows_of_the_table, wrong_versions)
 
 import bigram
 import bpe_gpt
@@ -95,3 +97,55 @@ def test_an_exercise_needs_no_later_one(row, monkeypatch):
         source = wrong_versions(later)["raises", "NotImplementedError"]
         monkeypatch.setattr(*replaced(later, source))
     assert failures(row) == []
+
+
+# tests/exercises.py, which a learner uses
+
+
+@pytest.fixture
+def copy(tmp_path):
+    copy_repository(tmp_path)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+def test_an_exercise_is_begun_shown_and_restored_and_other_changes_stay(copy):
+    script = copy / "char_gpt.py"
+    original = script.read_text(encoding="utf-8")
+    out, _ = run("tests/exercises.py", "attention", cwd=copy)
+    empty = script.read_text(encoding="utf-8")
+    assert "Scores, causal mask" in out and "-k attention" in out
+    line = int(out.split("line ")[1].split(".")[0])
+    assert empty.splitlines()[line - 1] == "def attention(q, k, v):"
+    body = "    raise NotImplementedError\n"
+    assert empty.count(body) == original.count(body) + 1
+    mine = "    return v  # mine\n"
+    script.write_text("# a remark\n" + empty.replace(body, mine), encoding="utf-8")
+    again = run("tests/exercises.py", "attention", cwd=copy, status=1)[1]
+    assert "you have begun" in again and mine in script.read_text(encoding="utf-8")
+    diff, _ = run("tests/exercises.py", "attention", "--solution", cwd=copy)
+    assert "-" + mine in diff and "+    return scores.softmax(dim=-1) @ v" in diff
+    run("tests/exercises.py", "attention", "--restore", cwd=copy)
+    assert script.read_text(encoding="utf-8") == "# a remark\n" + original
+    assert not list(copy.glob("*.before_*"))
+
+
+def test_the_list_marks_the_exercises_whose_tests_pass(copy):
+    for word in ("gelu", "layer_norm"):
+        run("tests/exercises.py", word, cwd=copy)
+    lines = run("tests/exercises.py", cwd=copy, fresh=True)[0].splitlines()
+    assert len(lines) == len(ROWS)
+    open_ones = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert open_ones == ["layer_norm", "gelu"]
+
+
+def test_a_learners_error_is_reported_in_three_lines(copy):
+    script = copy / "char_gpt.py"
+    source = script.read_text(encoding="utf-8").replace(
+        "scores = q @ k.transpose(-2, -1) /", "scores = q @ k /")
+    script.write_text(source, encoding="utf-8")
+    command = ("-m", "pytest", "tests/test_exercises.py", "-k", "attention_weights_sum", "-q")
+    out, _ = run(*command, cwd=copy, status=1, fresh=True)
+    error, place, values = out.split("___\n")[1].split("\n====")[0].splitlines()
+    assert error.startswith("RuntimeError: ") and "scores = q @ k /" in place
+    assert place.startswith("in char_gpt.py, line") and values.startswith("input: q of the shape (")

@@ -328,8 +328,9 @@ def wrong_versions(row):
 
 def copy_repository(folder):
     """What the commands need: the scripts and the tests."""
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, folder)
+    (folder / "data").mkdir()
+    for script in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
+        shutil.copy(script, folder / script.relative_to(ROOT))
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
 
 
