@@ -551,8 +551,7 @@ def evaluate(model, data):
 
 
 def training_step(model, optimizers, x, y, step, config, autocast):
-    """One step of gradient descent; returns the loss. The gradients of several batches add up
-    (gradient accumulation), so that memory has to hold only one batch at a time."""
+    """One step of gradient descent; returns the loss."""
     # The learning rates rise while the optimizers' means are of few gradients, and then fall to
     # zero in a straight line: large steps to get near a minimum, small ones to settle in it.
     warmup = (step + 1) / (config.warmup_iters + 1)
@@ -566,6 +565,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     n_targets = (y != -100).sum()  # in the whole step
     xs = x[RANK::N_PROCESSES].split(config.batch_size)  # this process's share, in batches
     ys = y[RANK::N_PROCESSES].split(config.batch_size)
+    # Gradient accumulation: the gradients of the batches add up; memory has to hold only one batch.
     for batch_x, batch_y in zip(xs, ys):
         # Mixed precision: matrix products in bfloat16 where that is faster. It has float32's range,
         # but fewer digits. The weights stay in float32, or rounding would swallow small updates.
