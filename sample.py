@@ -257,7 +257,7 @@ def explore(model, tokenizer, ids, name, history, path):
     about = f"{n_params:,} parameters"
     if history:
         step, _, _, loss = min(history, key=lambda entry: entry[3])
-        about += f", validation loss {loss:.4f} after {step:,} steps"
+        about += f", validation loss {loss:.4f} nats after {step:,} steps"
     log_probs = next_log_probs(model, torch.tensor([ids]))  # (T, vocab_size)
     followed = log_probs[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1))  # (T - 1, 1)
     scores, order = log_probs.sort(dim=-1, descending=True)
@@ -270,7 +270,7 @@ def explore(model, tokenizer, ids, name, history, path):
         "scores": scores[:, ranks - 1].double().round(decimals=4).tolist(),
         "log_probs": followed.flatten().tolist(),
         "ranks": ((log_probs[:-1] > followed).sum(dim=-1) + 1).tolist(),
-        "context_size": model.context_size if has_attention else limit,
+        "context_size": model.context_size if has_attention else 10**6,
     }
     if has_attention:
         page["attention"] = (attention_weights(model, ids) * 1000).round().int().tolist()
@@ -399,8 +399,8 @@ def parse_flags(Config):
         raise UserError(f"--{looks[0]} and --{looks[1]}: one at a time")
     if len(flags["models"]) > 1 and not flags.get("curve"):
         raise UserError("only --curve takes several models")
-    if flags.get("plot", "").endswith(".pt"):
-        raise UserError(f"--plot {flags['plot']} would replace a checkpoint")
+    if "explore" in flags and not flags.get("plot", ".html").endswith(".html"):
+        raise UserError(f"--plot {flags['plot']}: the name of a page must end in .html")
     if "" in [flags[name] for name in looks]:
         raise UserError(f"--{looks[0]} needs a text")
     for name in ("temperature", "top_k", "top_p", "min_p"):

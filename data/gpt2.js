@@ -20,6 +20,10 @@ function encode(text) {
   });
 }
 
+function unknownIn(text) { // characters that the model never saw; bytes make up all others
+  return data.words ? [] : [...new Set(text)].filter((char) => !ranks.has(toBytes(char)));
+}
+
 function encodeWord(bytes) { // as in bpe_gpt.py
   const parts = [...bytes];
   while (parts.length > 1) {
@@ -169,9 +173,10 @@ function read(ids, off) {
 }
 
 // When the context is full, the model reads from a later token on, with room for half a context.
-function inContext(ids) {
+// Returns where.
+function contextStart(length) {
   const half = Math.ceil(data.context_size / 2);
-  return ids.slice(half * Math.max(0, Math.ceil((ids.length - data.context_size) / half)));
+  return half * Math.max(0, Math.ceil((length - data.context_size) / half));
 }
 
 // ---- Sampling -----------------------------------------------------------------------------------
@@ -215,7 +220,7 @@ function draw(step, settings, seed, n) { // a random token, the nth of a text
 
 // A number from 0 to 1, the same for the same seed and n (the last steps of MurmurHash3).
 function random(seed, n) {
-  let x = (seed * 0x9e3779b1 + n * 0x85ebca77) | 0;
+  let x = ((seed % 2 ** 32) * 0x9e3779b1 + n * 0x85ebca77) | 0;
   x = Math.imul(x ^ (x >>> 16), 0x85ebca6b);
   x = Math.imul(x ^ (x >>> 13), 0xc2b2ae35);
   return ((x ^ (x >>> 16)) >>> 0) / 2 ** 32;
@@ -237,24 +242,29 @@ function lens(step) {
   return step.lens;
 }
 
-// Where the attention of a head goes, as mean shares over the tokens but the first two, for which
+function settled(guesses) { // from where on the guess is what it will be in the end
+  const from = guesses.findLastIndex(([id]) => id !== guesses.at(-1)[0]); // 0: the embeddings
+  return from < 0 ? "the embeddings" : `layer ${from}`;
+}
+
+// Where the attention of a head goes, as mean shares over the tokens but the first three, for which
 // these places are the same. rows has what the head computed for each token, and ids the tokens.
 function habit(rows, ids) {
-  let before = 0, first = 0, self = 0, after = 0;
+  const shares = { itself: 0, "the token before": 0, "two tokens before": 0, "the first token": 0,
+                   "what came next": 0 };
   rows.forEach(({ weights }, t) => {
-    if (t < 2) return;
-    before += weights[t - 1];
-    first += weights[0];
-    self += weights[t];
-    for (let s = 1; s <= t; s++) { // induction (Olsson et al. 2022): s follows an earlier t
-      if (ids[s - 1] === ids[t]) after += weights[s];
+    if (t < 3) return;
+    shares.itself += weights[t];
+    shares["the token before"] += weights[t - 1];
+    shares["two tokens before"] += weights[t - 2];
+    shares["the first token"] += weights[0];
+    for (let s = 1; s < t - 2; s++) { // induction (Olsson et al. 2022): s follows an earlier t
+      if (ids[s - 1] === ids[t]) shares["what came next"] += weights[s];
     }
   });
-  const shares = { "the token before": before, "the first token": first, itself: self,
-                   "what came next": after };
   const [place, total] = Object.entries(shares).reduce((a, b) => (b[1] > a[1] ? b : a));
-  const share = total / Math.max(1, ids.length - 2);
-  return { place, share, label: share > 0.5 ? place : "mixed" };
+  const share = total / Math.max(1, ids.length - 3);
+  return { place, share, label: ids.length < 4 ? "" : share > 0.5 ? place : "mixed" };
 }
 
 // ---- Numbers that PyTorch has computed ----------------------------------------------------------

@@ -229,6 +229,10 @@ def export(model, tokenizer, folder):
     """Write a GPT and its tokenizer to the folder. Raises UserError if something is in it: other
     files, such as an older vocabulary, might be taken for parts of this model."""
     folder = Path(folder)
+    C, T = model.config.n_embd, model.config.block_size
+    n_params = model.config.n_layer * (12 * C**2 + 13 * C) + (model.config.vocab_size + T + 2) * C
+    if sum(p.numel() for p in model.parameters()) != n_params:
+        raise UserError("this model is not built like GPT-2, and cannot be written as one")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ def list_exercises(rows):
     command = [sys.executable, "-m", "pytest", "tests/test_exercises.py", "-q", "-rf", "--tb=no"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
-    if done.returncode not in (0, 1):  # no test could be run: a script has an error
+    if not re.search(r"\d (passed|failed)", done.stdout):  # no pytest, or a script with an error
         sys.exit(done.stdout + done.stderr)
     failed = re.findall(r"^FAILED tests/test_exercises\.py::(\w+)", done.stdout, re.MULTILINE)
     for row in rows:
@@ -51,8 +51,10 @@ def begin(row, script, backup):
     if backup.exists():
         sys.exit("you have begun this one; add --solution, or --restore to put the original back")
     source = script.read_text(encoding="utf-8")
-    backup.write_text(source, encoding="utf-8")
     empty = with_body(source, row.function, lambda body: "raise NotImplementedError")
+    if empty == source:
+        sys.exit("there is nothing to replace: its body is already `raise NotImplementedError`")
+    backup.write_text(source, encoding="utf-8")
     script.write_text(empty, encoding="utf-8")
     line = find(ast.parse(empty), row.function).lineno
     print(f"{row.task}\nWrite it in {row.script}, line {line}. Then: {row.command} -x")
@@ -97,7 +99,11 @@ def main():
     script = ROOT / row.script
     backup = ROOT / f"{row.script}.before_{word_of(row)}"
     action = show_solution if args.solution else restore if args.restore else begin
-    action(row, script, backup)
+    try:
+        action(row, script, backup)
+    except (SyntaxError, ValueError) as error:  # the function cannot be found
+        way = f" (as it was before: {backup.name})" if backup.exists() else ""
+        sys.exit(f"{row.script} cannot be read, or has no {row.function}: {error}{way}")
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def test_gpt_is_embeddings_blocks_norm_and_scores():
         x = block(x)
     x = F.layer_norm(x, (32,), parts.ln_f.weight, parts.ln_f.bias)
     logits, loss = model(idx, idx)
-    assert torch.allclose(logits, x @ parts.wte.weight.T, atol=1e-6)
+    assert torch.allclose(logits, x @ model.lm_head.weight.T, atol=1e-6)
     assert torch.allclose(loss, -logits.log_softmax(-1).gather(-1, idx[..., None]).mean())
 
 

@@ -112,7 +112,7 @@ def test_probabilities_and_ranks_are_those_of_probs(command, explore, script):
     model, tokenizer, _ = load_model(f"out/{script}.pt")
     assert data["ids"] == tokenizer.encode("\n" + TEXT)
     assert data["model"] == f"out/{script}.pt" and data["text"] == TEXT
-    assert re.fullmatch(r"[\d,]+ parameters, validation loss \d\.\d{4} after \d+ steps", data["about"])
+    assert re.fullmatch(r"[\d,]+ parameters, validation loss \d\.\d{4} nats after \d+ steps", data["about"])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -190,11 +190,12 @@ def test_sixty_tokens_of_a_model_like_gpt2_take_at_most_4_megabytes(tmp_path):
     assert len(page) <= 4e6 and '"weights":' not in page
 
 
-def test_a_page_does_not_replace_a_checkpoint(clone):
-    before = (clone / "out" / "bigram.pt").read_bytes()
-    flags = ("out/bigram.pt", "--explore", "The sea", "--plot", "out/bigram.pt")
-    assert "would replace a checkpoint" in one_line_error("sample.py", *flags, cwd=clone)
-    assert (clone / "out" / "bigram.pt").read_bytes() == before
+def test_a_page_does_not_replace_a_checkpoint_or_a_script(clone):
+    for name in ("out/bigram.pt", "sample.py"):
+        before = (clone / name).read_bytes()
+        flags = ("out/bigram.pt", "--explore", "The sea", "--plot", name)
+        assert "must end in .html" in one_line_error("sample.py", *flags, cwd=clone)
+        assert (clone / name).read_bytes() == before
 
 
 # ---- The page ------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ MODEL = (ROOT / "data" / "gpt2.js").read_text(encoding="utf-8")
 def test_the_page_is_short_and_has_nothing_from_elsewhere():
     lines = TEMPLATE.splitlines()
     assert len(lines) <= 480 and max(map(len, [*lines, *MODEL.splitlines()])) <= 100
-    for word in ("http:", "https:", "src=", "href=", "link", "import", "url(", "fetch", "Request"):
+    for word in ("http:", "https:", "src=", "href=", "link", "import ", "import(", "url(", "fetch", "Request"):
         assert word not in TEMPLATE + MODEL
     assert "innerHTML" not in TEMPLATE + MODEL, "a token is text, not HTML"
     assert "</script" not in MODEL and TEMPLATE.count("/* data/gpt2.js comes here */") == 1
@@ -336,8 +337,10 @@ def test_the_page_splits_300_odd_texts_as_tiktoken_does(tmp_path):
 ANEW = """
     const numbers = (steps) => steps.map((step) => [step.id, ...step.logProbs]);
     const same = (a, b) => JSON.stringify(numbers(a)) === JSON.stringify(numbers(b));
-    const ids = () => inContext([data.ids[0], ...encode(find("input").value)]);
-    const fresh = () => readAll(ids(), state.off);
+    const fresh = () => {
+        const ids = [data.ids[0], ...encode(find("input").value)];
+        return readAll(ids.slice(contextStart(ids.length)), state.off);
+    };
 """
 
 
@@ -413,15 +416,16 @@ def test_habits_are_mean_shares_of_attention(tmp_path):
     T = len(ids)
     for weights, habit in zip(sample.attention_weights(model, ids).flatten(0, 1), found, strict=True):
         shares = {
-            "the token before": sum(weights[t, t - 1] for t in range(2, T)),
-            "the first token": sum(weights[t, 0] for t in range(2, T)),
-            "itself": sum(weights[t, t] for t in range(2, T)),
-            "what came next": sum(weights[t, s] for t in range(2, T) for s in range(1, t + 1)
+            "itself": sum(weights[t, t] for t in range(3, T)),
+            "the token before": sum(weights[t, t - 1] for t in range(3, T)),
+            "two tokens before": sum(weights[t, t - 2] for t in range(3, T)),
+            "the first token": sum(weights[t, 0] for t in range(3, T)),
+            "what came next": sum(weights[t, s] for t in range(3, T) for s in range(1, t - 2)
                                   if ids[s - 1] == ids[t]),
         }
         place = max(shares, key=shares.get)
         assert habit["place"] == place
-        assert habit["share"] == pytest.approx(shares[place].item() / (T - 2), abs=1e-4)
+        assert habit["share"] == pytest.approx(shares[place].item() / (T - 3), abs=1e-4)
         assert habit["label"] == (place if habit["share"] > 0.5 else "mixed")
 
 
@@ -478,9 +482,15 @@ def test_a_character_that_the_model_never_saw_is_named_and_left_out(tmp_path):
     code = """
     find("input").value = "T\\u65e5h\\u{1f600}e";
     type();
-    return [find("note").textContent, state.steps.map((step) => visible(step.id)).join("")]"""
-    note, text = browse(page, code, tmp_path)
-    assert "\u65e5" in note and "\U0001f600" in note and text == r"\nThe"
+    const seen = [find("note").textContent, state.steps.map((step) => visible(step.id)).join("")];
+    find("draw").click();
+    seen.push(find("note").textContent);
+    find("input").value = "The ".repeat(20);
+    type();
+    return [...seen, find("note").textContent]"""
+    note, text, later, full = browse(page, code, tmp_path)
+    assert "Left out" in note and "\u65e5" in note and "\U0001f600" in note and text == r"\nThe"
+    assert later == "" and "The context is full" in full
 
 
 @needs_chromium
@@ -516,7 +526,7 @@ def test_the_numbers_of_a_large_model_are_pytorchs(tmp_path):
     assert weights == pytest.approx(attention[3, 2, 2, :3].tolist(), abs=6e-4)
     assert [share for _, share in guesses] == pytest.approx(lens[:, 1].tolist(), abs=1e-4)
     assert bits == pytest.approx(-log_probs[2, 7].item() / math.log(2), abs=1e-4)
-    assert left == "50257 of 50257 tokens are left"
+    assert left == "50257 of 50257 tokens are left to draw from"
 
 
 # ---- What the page shows -------------------------------------------------------------------------
@@ -588,21 +598,24 @@ def test_keys_clicks_and_sliders_lead_through_the_page(explore, tmp_path):
     const focus = document.activeElement.value;
     find("lens").rows[3].click(); note();
     find("top_k").value = 3; find("top_k").dispatchEvent(new Event("input", { bubbles: true }));
-    const rows = [...find("next").rows].map((row) => row.cells[3].textContent);
+    const rows = [...find("next").querySelectorAll("tr")].map((row) => row.cells[3].textContent);
     press(find("top_k"), "ArrowLeft"); note(); // moves the slider
     const nameless = [...document.querySelectorAll("button, input, select, textarea")].filter(
         (control) => !control.labels?.[0]?.textContent && !control.textContent && !control.title);
+    choosePart("0.mlp");
+    const shown = getComputedStyle(find("matrix")).display;
     find("parts").querySelector("button").click();
     find("order").value = "worth";
     await findWorth();
     const worths = [...find("parts").children].map((button) => state.worth[button.value]);
-    return [seen, focus, find("left").textContent, rows, nameless.length, worths]"""
-    seen, focus, left, rows, nameless, worths = browse(page, code, tmp_path)
+    return [seen, focus, find("left").textContent, rows, nameless.length, worths, shown]"""
+    seen, focus, left, rows, nameless, worths, shown = browse(page, code, tmp_path)
+    assert shown == "none", "an MLP has no attention"
     assert [row[0] for row in seen] == [row[2] for row in seen] == [7, 6, 6, 6, 0, 0, 0, 0, 2, 2]
     assert [row[3] for row in seen] == [row[0] for row in seen] and {row[1] for row in seen} == {1}
     assert [row[4] for row in seen[4:8]] == ["0.0", "1.0", "1.1", "1.mlp"]
     assert focus == "1.mlp", "the focus moves along"
-    assert left == f"3 of {len(data['names'])} tokens are left"
+    assert left == f"3 of {len(data['names'])} tokens are left to draw from"
     assert "cut off" not in rows[:3] and set(rows[3:]) == {"cut off"}
     assert nameless == 0 and worths == sorted(worths, reverse=True) and len(worths) == 6
 
