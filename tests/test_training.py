@@ -531,6 +531,19 @@ def test_a_link_stays_a_link(script, train, tmp_path):
 
 
 @for_each_gpt
+def test_optimizer_state_of_another_shape_is_not_restored(script):
+    """A model in which two matrices were one matrix before: their means must not be made of one."""
+    config = script.GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=20)
+    tied, untied = script.GPT(config), script.GPT(config)
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    means = [optimizer.means for optimizer in script.make_optimizers(tied, config)]
+    last = dict(step=1, n_read=1, seconds=0, model=tied.state_dict(), optimizers=means)
+    script.restore(last, tied, script.make_optimizers(tied, config))
+    with pytest.raises(RuntimeError, match="shape"):
+        script.restore(last, untied, script.make_optimizers(untied, config))
+
+
+@for_each_gpt
 def test_300_steps_reach_the_loss_that_they_are_known_to_reach(script, train):
     """A change that makes training worse does not go unnoticed, even if nothing else fails."""
     flags = "--n_layer 2 --n_head 2 --n_embd 64 --block_size 32 --max_iters 300 "

@@ -110,6 +110,17 @@ def test_a_checkpoint_is_exported_by_the_command_line(checkpoint, tokenizer):
         assert bpe_gpt.load_pretrained(path.parent / name)["vocab"] == vocabulary(tokenizer)
 
 
+def test_a_model_that_is_not_built_like_gpt2_is_not_exported(tmp_path, tokenizer):
+    """An output layer of its own, or a second MLP: other programs would compute something else."""
+    untied, longer = GPT(GPTConfig(**SMALL)), GPT(GPTConfig(**SMALL))
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    longer.transformer.h[0].second = bpe_gpt.MLP(longer.config)
+    for model in (untied, longer):
+        with pytest.raises(bpe_gpt.UserError, match="not built like GPT-2"):
+            hugging_face.export(model, tokenizer, tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+
+
 def test_a_folder_that_is_not_empty_is_left_as_it_is(folder, tokenizer, checkpoint):
     """An older vocabulary in it might be taken for the exported model's."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -130,6 +130,19 @@ def test_an_exercise_is_begun_shown_and_restored_and_other_changes_stay(copy):
     assert not list(copy.glob("*.before_*"))
 
 
+def test_a_script_that_cannot_be_read_gets_one_line_and_stays_as_it_is(copy):
+    script = copy / "char_gpt.py"
+    run("tests/exercises.py", "attention", cwd=copy)
+    source = script.read_text(encoding="utf-8")
+    broken = source.replace("def attention(q, k, v):", "def attention(q, k, v:")
+    script.write_text(broken, encoding="utf-8")
+    for words in (["attention", "--restore"], ["attention", "--solution"], ["layer_norm"]):
+        lines = run("tests/exercises.py", *words, cwd=copy, status=1)[1].splitlines()
+        assert len(lines) == 1 and "char_gpt.py cannot be read" in lines[0], lines
+    assert script.read_text(encoding="utf-8") == broken
+    assert [path.name for path in copy.glob("*.before_*")] == ["char_gpt.py.before_attention"]
+
+
 def test_the_list_marks_the_exercises_whose_tests_pass(copy):
     for word in ("gelu", "layer_norm"):
         run("tests/exercises.py", word, cwd=copy)
