@@ -212,6 +212,7 @@ def test_sample_py_writes_and_looks_inside_without_an_edit(folder, script):
 
 
 @needs_shakespeare
+@only(2, 6)  # those that change most; each takes a minute or more
 def test_300_steps_reach_the_loss_in_the_readme(diff, script):
     """Of the 2,100 steps of the small model, the first 300, with the seed 1337."""
     config = script.GPTConfig(**script.CPU_SETTINGS)
