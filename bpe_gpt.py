@@ -196,7 +196,6 @@ class TextData:
     """An array of tokens, cut into stretches of block_size tokens, or fewer if it is shorter. The
     inputs x and targets y that training_batch() returns depend only on seed and step."""
     prompts = ["\n"]  # what report() lets the model continue
-
     def __init__(self, tokens, config):
         if len(tokens) < 2:
             raise UserError("the text is too short: a part of it has fewer than two tokens")
@@ -943,13 +942,12 @@ def join_processes(device):
 
 
 def load_tokens(config, tokenizer):
-    """Training data (the first 90% of a text), validation data (the rest; with --eval_only, all)
-    and the tokenizer. The files in a folder, of 16-bit integers, may be larger than the memory."""
+    """Training data (90% of a text), validation data (10%; with --eval_only, all), tokenizer."""
     if os.path.isdir(config.data):
         if tokenizer is None or tokenizer.tokens != gpt2_tokenizer().tokens:
             raise UserError(f"{config.data} has GPT-2's tokens, not those of another vocabulary")
         names = ["val" if config.eval_only else "train", "val"]
-        parts = [np.memmap(f"{config.data}/{name}.bin", "<u2", "r") for name in names]
+        parts = [np.memmap(f"{config.data}/{name}.bin", "<u2", "r") for name in names]  # on disk
     else:
         text = load_text(config.data)
         n = int(0.9 * len(text))
@@ -1050,6 +1048,8 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+        if N_PROCESSES > 1:
+            dist.destroy_process_group()  # or the threads that it has may abort the process
     except (OSError, UserError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:

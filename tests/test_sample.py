@@ -339,18 +339,16 @@ def test_only_large_models_have_half_the_bits_unless_told_otherwise(command, mon
     def chosen(n_params, *flags):
         parameter = SimpleNamespace(numel=lambda: n_params)
         model = SimpleNamespace(parameters=lambda: [parameter], to=lambda device, dtype: None)
-        monkeypatch.setattr(sample, "load_model", lambda name: (model, tokenizer, checkpoint))
+        patch.setattr(sample, "load_model", lambda name: (model, tokenizer, checkpoint))
         return command("out/bpe_gpt.pt", *flags).err.split()[-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(sample, "print_texts", lambda *arguments: None)
-        patch.setattr(sample, "load_model", None)
         for capable, expected in (True, "torch.bfloat16"), (False, "torch.float32"):
             patch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": capable})
             assert chosen(10**6) == "torch.float32" and chosen(10**8) == expected
             assert chosen(10**6, "--dtype", "bfloat16") == "torch.bfloat16"
             assert chosen(10**8, "--dtype", "float32") == "torch.float32"
-    monkeypatch.setattr(sample, "load_model", load_model)
     for name in ("float32", "bfloat16"):
         _, notes = command("out/bpe_gpt.pt", "--dtype", name, "--max_new_tokens", "20")
         assert notes.endswith(f"torch.{name}\n")
