@@ -643,7 +643,7 @@ def restore(last, model, optimizers):
         for optimizer, means in zip(optimizers, last["optimizers"], strict=True):
             optimizer.n_steps = last["step"]
             for mean, saved in zip(optimizer.means, means, strict=True):
-                mean.view_as(saved).copy_(saved)  # of another shape, this is an error
+                mean.view_as(saved).copy_(saved)  # an error if the shapes differ
     return last["step"], last["n_read"], time.perf_counter() - last["seconds"]
 
 
@@ -800,7 +800,7 @@ def build_model(checkpoint, config):
     if config.n_head != checkpoint["config"]["n_head"]:  # the weights do not show this
         raise UserError(f"--n_head is {checkpoint['config']['n_head']} in this model")
     state = dict(checkpoint["model"])
-    state.setdefault("lm_head.weight", state["transformer.wte.weight"])  # if it is published
+    state.setdefault("lm_head.weight", state["transformer.wte.weight"])  # not in published files
     wpe = state.get("transformer.wpe.weight")
     if wpe is not None:
         state["transformer.wpe.weight"] = wpe[: config.block_size].clone()
@@ -1049,7 +1049,7 @@ if __name__ == "__main__":
     try:
         main()
         if N_PROCESSES > 1:
-            dist.destroy_process_group()  # or the threads that it has may abort the process
+            dist.destroy_process_group()  # without this, a process may abort as it ends
     except (OSError, UserError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:

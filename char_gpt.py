@@ -518,7 +518,7 @@ def restore(last, model, optimizers):
         for optimizer, means in zip(optimizers, last["optimizers"], strict=True):
             optimizer.n_steps = last["step"]
             for mean, saved in zip(optimizer.means, means, strict=True):
-                mean.view_as(saved).copy_(saved)  # of another shape, this is an error
+                mean.view_as(saved).copy_(saved)  # an error if the shapes differ
     return last["step"], last["n_read"], time.perf_counter() - last["seconds"]
 
 

@@ -248,7 +248,7 @@ def attention_weights(model, ids):
 
 @torch.no_grad()
 def explore(model, tokenizer, ids, name, history, path):
-    """Write data/explore.html, a page for the browser, with what the model does with ids."""
+    """Make a page for the browser out of data/explore.html: what the model does with ids."""
     has_attention = hasattr(model, "transformer")
     limit = min(81, model.context_size) if has_attention else 81  # so that the page opens fast
     if len(ids) > limit:
@@ -372,7 +372,7 @@ def load_model(name):
         checkpoint = load_checkpoint(name, *CHARACTER_MODELS, "bpe_gpt", mmap=mmap)
     written_by = checkpoint.get("written_by", "bpe_gpt")
     Config, Model = CHARACTER_MODELS.get(written_by, (bpe_gpt.GPTConfig, bpe_gpt.GPT))
-    settings = checkpoint["config"] | {"by_hand": False}  # for attention_weights()
+    settings = checkpoint["config"] | {"by_hand": False}  # attention_weights() needs PyTorch's
     config = Config(**{n: x for n, x in settings.items() if hasattr(Config, n)})
     if written_by == "bpe_gpt":
         model = bpe_gpt.build_model(checkpoint, config)
@@ -444,7 +444,7 @@ def main():
         return show_shapes(model, encode(config.shapes))
     device = pick_device(config.device)
     is_large = sum(p.numel() for p in model.parameters()) > 50e6
-    if config.dtype == "auto" and not is_large:  # of a large one, half the bits are read faster
+    if config.dtype == "auto" and not is_large:  # bfloat16 saves time in large models only
         config.dtype = "float32"
     dtype = pick_dtype(config.dtype, device)
     model.to(device, dtype)
