@@ -5,7 +5,7 @@ from 124 million to 1.5 billion parameters; fine-tuning them; dropout; and sever
 
     python bpe_gpt.py                 # train from scratch: GPT-2 124M, or a small model on a CPU
     python bpe_gpt.py --init gpt2     # fine-tune GPT-2 on Shakespeare; downloads 548 MB once
-    python bpe_gpt.py --init gpt2 --instructions data/instructions.json
+    python data/instruct.py --init gpt2                           # teach it to answer instructions
     torchrun --nproc_per_node=8 bpe_gpt.py                        # on 8 GPUs
 """
 # /// script
@@ -14,7 +14,6 @@ from 124 million to 1.5 billion parameters; fine-tuning them; dropout; and sever
 # ///
 
 import argparse
-import copy
 import hashlib
 import inspect
 import itertools
@@ -66,8 +65,6 @@ class GPTConfig:
     compile: bool = sys.platform == "linux"  # use torch.compile on a CUDA GPU (needs Linux)
     resume: bool = False  # continue from the checkpoint, if there is one
     data: str = ""  # text file, or folder of train.bin and val.bin; default: Tiny Shakespeare
-    instructions: str = ""  # JSON file of instructions with responses, to learn from instead
-    eval_only: bool = False  # print the loss on all of --data (of a folder, its val.bin), and end
     out: str = "out/bpe_gpt.pt"  # checkpoint, for sample.py, --resume and --init
 
 SIZES = {  # of the published models, besides vocab_size and block_size, which are those above
@@ -77,16 +74,19 @@ SIZES = {  # of the published models, besides vocab_size and block_size, which a
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1,557,611,200
 }
 SIZE_NAMES = ("vocab_size", "n_layer", "n_head", "n_embd", "block_size")
-CPU_SETTINGS = dict(  # what a CPU trains unless told otherwise: a smaller model, in 5.5 minutes
+CPU_SETTINGS = dict(  # without --full, a CPU trains this smaller model, in 5.5 minutes
     vocab_size=2048, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
     total_batch_size=2048, max_iters=2100, eval_interval=300, learning_rate=0.002,
     muon_learning_rate=0.025, warmup_iters=10, weight_decay=0.15)
+# For a corpus: half a million tokens per step, as for GPT-3 (Brown et al. 2020); Muon's rate and the
+# decay of modded-nanogpt's benchmark; no dropout, as a text that is read once is not memorized.
+FOLDER_SETTINGS = dict(
+    vocab_size=50257, dropout=0.0, batch_size=32, total_batch_size=2**19, eval_interval=250,
+    learning_rate=0.003, muon_learning_rate=0.02, weight_decay=0.01, warmup_iters=100)
 # Few and small steps, so that the model forgets little. Muon would change weak directions as well.
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
     muon_learning_rate=0.0, warmup_iters=5)
-INSTRUCTION_SETTINGS = dict(  # with --instructions; a fine-tuned model keeps its own block_size
-    block_size=256, batch_size=8, total_batch_size=8192, max_iters=130, eval_interval=65)
 
 # ---- Tokens -------------------------------------------------------------------------------------
 
@@ -196,6 +196,8 @@ class TextData:
     """An array of tokens, cut into stretches of block_size tokens, or fewer if it is shorter. The
     inputs x and targets y that training_batch() returns depend only on seed and step."""
     prompts = ["\n"]  # what report() lets the model continue
+    templates = []  # of prompts: see data/instruct.py
+    max_evaluated = 1_000_000  # tokens
     def __init__(self, tokens, config):
         if len(tokens) < 2:
             raise UserError("the text is too short: a part of it has fewer than two tokens")
@@ -205,6 +207,7 @@ class TextData:
         self.tokens = tokens
         self.config = config
         self.T = min(config.block_size, len(tokens) - 1)  # inputs in a row
+        self.n_rows = max(1, (len(tokens) - 1) // self.T - 1)  # in an epoch
 
     def row(self, start):
         """T inputs from start on, or what is left, and the targets, which come one token later."""
@@ -213,17 +216,15 @@ class TextData:
 
     def training_batch(self, step):
         """Every epoch cuts the text in different places, beginning at another offset."""
-        n_stretches = max(1, (len(self.tokens) - 1) // self.T - 1)
-        epoch, chosen = pick_rows(n_stretches, step, self.config)
+        epoch, chosen = pick_rows(self.n_rows, step, self.config)
         rng = np.random.default_rng((self.config.seed, epoch))
-        offset = rng.integers(len(self.tokens) - n_stretches * self.T)
+        offset = rng.integers(len(self.tokens) - self.n_rows * self.T)
         return make_batch([self.row(offset + self.T * n) for n in chosen])
 
     def evaluation_batches(self):
         """All stretches, end to end; the last one may be shorter."""
         starts = range(0, len(self.tokens) - 1, self.T)
-        if not self.config.eval_only:  # in training, at most a million tokens, evenly spread
-            starts = starts[:: 1 + len(self.tokens) // 1_000_000]
+        starts = starts[:: 1 + len(self.tokens) // self.max_evaluated]  # evenly spread
         for i in range(0, len(starts), self.config.batch_size):
             yield make_batch([self.row(start) for start in starts[i : i + self.config.batch_size]])
 
@@ -231,9 +232,7 @@ class TextData:
 def pick_rows(n_rows, step, config):
     """The epoch of a step, and the numbers of its rows. In an epoch, each of n_rows comes once, in
     random order. (The last few, if they do not fill a step, are left out.)"""
-    n = max(1, config.total_batch_size // config.block_size)  # rows per step
-    if n < N_PROCESSES:
-        raise UserError(f"--total_batch_size must be at least {N_PROCESSES * config.block_size}")
+    n = max(N_PROCESSES, config.total_batch_size // config.block_size)  # rows per step
     steps_per_epoch = max(1, n_rows // n)
     epoch, i = divmod(step, steps_per_epoch)
     return epoch, shuffled(n_rows, config.seed, epoch)[i * n : (i + 1) * n]
@@ -473,8 +472,6 @@ class Adam(Optimizer):
         m, v = means  # each (number of parameters, *shape), as grads
         m.lerp_(grads, 1 - self.beta1)  # m += 0.1 * (grads - m)
         v.lerp_(grads**2, 1 - self.beta2)  # v += 0.001 * (grads**2 - v)
-        # Both means began at 0. After n steps, the gradients in m have a total weight of only
-        # 1 - 0.9**n, which is 0.1, then 0.19, then 0.271. The division makes up for that.
         m_hat = m / (1 - self.beta1**self.n_steps)
         v_hat = v / (1 - self.beta2**self.n_steps)
         return m_hat / (v_hat.sqrt() + self.eps)  # eps prevents a division by zero
@@ -507,8 +504,6 @@ class Muon(Optimizer):
         ahead = grads.lerp(m, self.momentum)  # what m would be after the same gradient once more
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
-        # With a strength of 1, all outputs together change by the length of the input: if there are
-        # 4 times as many, each changes half as much. The factor makes up for this.
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
 
 
@@ -574,8 +569,10 @@ def training_step(model, optimizers, x, y, step, config, autocast):
         loss.backward()
         total_loss += loss.detach()
     if N_PROCESSES > 1:
-        for tensor in [total_loss, *(p.grad for p in model.parameters() if p.grad is not None)]:
-            dist.all_reduce(tensor)  # the sum over all processes, in place
+        tensors = [total_loss, *(p.grad for p in model.parameters() if p.grad is not None)]
+        vector = nn.utils.parameters_to_vector(tensors)  # one long vector: one message, not 149
+        dist.all_reduce(vector)  # the sum over all processes, in place
+        nn.utils.vector_to_parameters(vector, tensors)
     # Clipping shortens a gradient that is too long: an unusual batch must not distort the means.
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
@@ -601,13 +598,17 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
         n_read += y.numel()
         if RANK == 0:
             show_progress(step, loss, n_read, step / config.max_iters, started)
+        if step % 100 == 0:
+            checkpoint["log"].append(dict(step=step, tokens=n_read, loss=loss))
         if step % config.eval_interval == 0 or step == config.max_iters:
             with autocast:
                 val_loss = evaluate(model, val_data)
             checkpoint["history"].append((step, n_read, sum(losses) / len(losses), val_loss))
+            checkpoint["log"].append(dict(step=step, tokens=n_read, val_loss=val_loss))
             losses = []
             if RANK == 0:
                 save(checkpoint, started, model, optimizers, config.out)
+                write_log(checkpoint["log"], config.out)
                 report(checkpoint, model, tokenizer, val_data, config)
 
 
@@ -627,10 +628,12 @@ def save(checkpoint, started, model, optimizers, path):
     step, n_read, _, val_loss = checkpoint["history"][-1]
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
+    copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
+    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
-        checkpoint["model"] = copy.deepcopy(model).cpu().state_dict()
+        checkpoint["model"] = weights
     checkpoint["last"] = dict(
-        step=step, n_read=n_read, seconds=time.perf_counter() - started, model=model.state_dict(),
+        step=step, n_read=n_read, seconds=time.perf_counter() - started, model=weights,
         optimizers=[optimizer.means for optimizer in optimizers])
     with replacing(path) as file:
         torch.save(checkpoint, file)
@@ -645,6 +648,25 @@ def restore(last, model, optimizers):
             for mean, saved in zip(optimizer.means, means, strict=True):
                 mean.view_as(saved).copy_(saved)  # an error if the shapes differ
     return last["step"], last["n_read"], time.perf_counter() - last["seconds"]
+
+
+def write_log(log, path):
+    """Lines of JSON, one per evaluation and per hundred steps, in a file beside the checkpoint."""
+    lines = [json.dumps(entry) + "\n" for entry in log]
+    with replacing(path.removesuffix(".pt") + ".jsonl") as file:
+        file.write("".join(lines).encode())
+
+
+def show_cost(config, model, train_data, step):
+    """What the run will take, before it begins."""
+    x, _ = train_data.training_batch(0)
+    passes = config.max_iters * len(x) / train_data.n_rows
+    n_evaluations = math.ceil(config.max_iters / config.eval_interval)
+    # In a checkpoint: the latest weights, the best ones, and at most two means, in 4 bytes each.
+    gigabytes = 16 * sum(p.numel() for p in model.parameters()) / 1e9
+    print(f"steps {step:,} to {config.max_iters:,} of {x.numel():,} tokens: "
+          f"{x.numel() * config.max_iters:,} in all, {passes:.2g} passes through the data; "
+          f"{n_evaluations} checkpoints of at most {gigabytes:.2g} GB")
 
 
 def bytes_per_token(data, tokenizer):
@@ -665,9 +687,13 @@ def describe(loss, bytes_per_token):
 
 def report(checkpoint, model, tokenizer, val_data, config):
     """Print the latest losses, and a sample of what the model writes so far."""
-    step, _, train_loss, val_loss = checkpoint["history"][-1]
+    step, n_read, train_loss, val_loss = checkpoint["history"][-1]
     val_loss = describe(val_loss, checkpoint["bytes_per_token"][1])
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss} val")
+    seconds = checkpoint["last"]["seconds"]
+    speed = n_read / seconds
+    print(f"after {seconds / 60:.1f} of {seconds / 60 * config.max_iters / step:,.1f} minutes: "
+          f"{speed:,.0f} tokens/s, MFU {utilization(model, config, speed):.0%}")
     torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
     for prompt in val_data.prompts:
         ids = tokenizer.encode(prompt)
@@ -676,85 +702,27 @@ def report(checkpoint, model, tokenizer, val_data, config):
         ids += itertools.takewhile(lambda token: token != tokenizer.end_of_text, new_ids)
         print("    | " + tokenizer.decode(ids).strip().replace("\n", "\n    | "))
 
-# ---- Instructions -------------------------------------------------------------------------------
 
-# Stanford Alpaca's prompt (Taori et al. 2023): a text that is likely to go on with a response.
-TEMPLATE = """Below is an instruction that describes a task{context}. \
-Write a response that appropriately completes the request.
-
-### Instruction:
-{instruction}{input_part}
-
-### Response:
-"""
+def utilization(model, config, tokens_per_second):
+    """What training computes as a share of what the device could (Chowdhery et al. 2022, B)."""
+    device = model.lm_head.weight.device
+    n_params = sum(p.numel() for p in model.parameters())
+    per_token = 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size
+    possible = N_PROCESSES * matrix_rate(device, pick_dtype(config.dtype, device))
+    return per_token * tokens_per_second / possible
 
 
-def make_prompt(record):
-    parts = dict(instruction=record["instruction"], context="", input_part="")
-    if record["input"].strip():
-        parts["context"] = ", paired with an input that provides further context"
-        parts["input_part"] = f"\n\n### Input:\n{record['input']}"
-    return TEMPLATE.format(**parts)
-
-
-def encode_record(record, tokenizer):
-    """Inputs x and targets y of a record, both (T,)."""
-    prompt = tokenizer.encode(make_prompt(record))
-    response = tokenizer.encode(record["output"]) + [tokenizer.end_of_text]
-    tokens = torch.tensor(prompt + response)
-    y = tokens[1:].clone()
-    # Targets are one token ahead: the last token of the prompt already has to predict the response.
-    y[: len(prompt) - 1] = -100
-    return tokens[:-1], y
-
-
-def read_records(path):
-    """A JSON list of {"instruction": ..., "input": ..., "output": ...}, without empty outputs."""
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        for record in records:
-            record.setdefault("input", "")
-            for name in ("instruction", "input", "output"):  # they may be null, or a number
-                record[name] = "" if record[name] is None else str(record[name])
-        return [record for record in records if record["output"] != ""]
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise UserError(f"{path} is not a list of records with instruction and output") from None
-
-
-class InstructionData:
-    """In place of TextData: instructions with responses; each record is a row. The model is to
-    learn to respond, not to ask: only the response counts, and the end-of-text token after it."""
-    def __init__(self, records, tokenizer, config):
-        self.config = config
-        self.prompts = [make_prompt(record) for record in records[:3]]
-        self.hash = hashlib.sha256(json.dumps(records).encode()).hexdigest()
-        rows = [encode_record(record, tokenizer) for record in records]
-        self.rows = [(x, y) for x, y in rows if len(x) <= config.block_size]
-
-    def training_batch(self, step):
-        _, chosen = pick_rows(len(self.rows), step, self.config)
-        return make_batch([self.rows[n] for n in chosen])
-
-    def evaluation_batches(self):
-        for i in range(0, len(self.rows), self.config.batch_size):
-            yield make_batch(self.rows[i : i + self.config.batch_size])
-
-
-def load_instructions(config, tokenizer):
-    """Training data (90%), validation data (10%; with --eval_only, all) and the tokenizer."""
-    records = read_records(config.instructions)
-    np.random.default_rng(config.seed).shuffle(records)
-    n_val = len(records) if config.eval_only else len(records) // 10
-    if tokenizer is None:
-        texts = [make_prompt(record) + record["output"] for record in records[n_val:]]
-        tokenizer = train_bpe("\n".join(texts), config.vocab_size)
-    train_data = InstructionData(records[n_val:], tokenizer, config)
-    val_data = InstructionData(records[:n_val], tokenizer, config)
-    print(f"{len(train_data.rows)} of {len(records) - n_val} records to train on and "
-          f"{len(val_data.rows)} of {n_val} to validate on fit into block_size")
-    if not val_data.rows or not (train_data.rows or config.eval_only):
-        raise UserError("too few records, or a block_size that is too short for them")
-    return train_data, val_data, tokenizer
+@lru_cache  # measured only once
+def matrix_rate(device, dtype):
+    """Operations per second in products of large matrices."""
+    n = 4096 if device.type == "cuda" else 1024
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    (x @ x).sum().item()  # the first product takes longer; item() waits until it is there
+    started = time.perf_counter()
+    for _ in range(20):
+        y = x @ x
+    y.sum().item()
+    return 20 * 2 * n**3 / (time.perf_counter() - started)
 
 # ---- Published weights --------------------------------------------------------------------------
 
@@ -931,52 +899,61 @@ def pick_dtype(name, device):
 
 def join_processes(device):
     if N_PROCESSES > 1:
+        if device.type == "mps":
+            raise UserError("several processes: only with CUDA GPUs or --device cpu")
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", RANK)))
         # torchrun's store outlives a restart: the prefix tells new entries from old ones.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(store=store, rank=RANK, world_size=N_PROCESSES)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=N_PROCESSES)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
 
 
+def from_first_process(function, *args):
+    """The result of function(*args) in the first process, which alone loads or downloads it."""
+    results = [function(*args) if RANK == 0 else None]
+    if N_PROCESSES > 1:
+        dist.broadcast_object_list(results)
+    return results[0]
+
+
 def load_tokens(config, tokenizer):
-    """Training data (90% of a text), validation data (10%; with --eval_only, all), tokenizer."""
+    """Training data (90% of a text), validation data (10%) and the tokenizer."""
     if os.path.isdir(config.data):
-        if tokenizer is None or tokenizer.tokens != gpt2_tokenizer().tokens:
-            raise UserError(f"{config.data} has GPT-2's tokens, not those of another vocabulary")
-        names = ["val" if config.eval_only else "train", "val"]
-        parts = [np.memmap(f"{config.data}/{name}.bin", "<u2", "r") for name in names]  # on disk
+        parts = read_folder(config.data, tokenizer)
     else:
-        text = load_text(config.data)
+        text = from_first_process(load_text, config.data)
         n = int(0.9 * len(text))
-        texts = [text, text] if config.eval_only else [text[:n], text[n:]]
-        tokenizer = tokenizer or train_bpe(texts[0], config.vocab_size)
-        parts = [np.array(tokenizer.encode(part, {END_OF_TEXT})) for part in texts]
+        tokenizer = tokenizer or from_first_process(train_bpe, text[:n], config.vocab_size)
+        parts = [np.array(tokenizer.encode(part, {END_OF_TEXT})) for part in (text[:n], text[n:])]
     train_data, val_data = [TextData(tokens, config) for tokens in parts]
-    if not config.eval_only:
-        print(f"{len(parts[0]):,} tokens to train on, {len(parts[1]):,} to validate on")
+    print(f"{len(parts[0]):,} tokens to train on, {len(parts[1]):,} to validate on")
     return train_data, val_data, tokenizer
 
 
-def choose_settings(flags, device, resumed, trained):
+def choose_settings(flags, device, resumed, trained, more_settings):
     """The settings of a run. Where several of these lines apply to one of them, the last counts."""
     given = GPTConfig(**flags)
-    if given.eval_only and not given.init:
-        raise UserError("--eval_only needs --init, the model to be evaluated")
-    if given.init == given.out and not (resumed or given.eval_only):
+    if given.init == given.out and not resumed:
         raise UserError("--init and --out are the same file: give another --out")
     settings = {}
-    if device.type != "cuda" and not (given.full or given.init or resumed):
+    small = device.type != "cuda" and not (given.full or given.init or resumed)
+    if small:
         settings |= CPU_SETTINGS
         print("training a small model, as on anything but a CUDA GPU; --full trains GPT-2 124M")
-    if os.path.isdir(given.data):
-        settings |= {"vocab_size": GPTConfig.vocab_size}  # the folder has GPT-2's tokens
+    if os.path.isdir(given.data) and not given.init:
+        settings |= FOLDER_SETTINGS
+        if small:
+            settings["total_batch_size"] = 2**14
+        n_tokens = os.path.getsize(f"{given.data}/train.bin") // 2
+        per_step = (settings | flags)["total_batch_size"]
+        settings["max_iters"] = max(1, n_tokens // per_step)  # so that all of it is read once
     if given.init:
         settings |= FINE_TUNING_SETTINGS
-    if given.instructions:
-        settings |= INSTRUCTION_SETTINGS
+    settings |= more_settings
     if given.init and not resumed:
         settings |= {name: trained["config"][name] for name in SIZE_NAMES}
     if resumed:
@@ -987,20 +964,42 @@ def choose_settings(flags, device, resumed, trained):
     return GPTConfig(**settings)
 
 
+def read_folder(path, tokenizer):
+    """The tokens in train.bin and val.bin. They stay on the disk until they are used."""
+    if tokenizer is None or tokenizer.tokens != gpt2_tokenizer().tokens:
+        raise UserError(f"{path} has GPT-2's tokens, not those of another vocabulary")
+    parts = [np.memmap(f"{path}/{name}.bin", "<u2", "r") for name in ("train", "val")]
+    # Other programs write a vocabulary of their own, a header, or 32 bits: a token, 0, a token, 0.
+    foreign = os.path.exists(f"{path}/meta.pkl")
+    for tokens in parts:
+        foreign |= tokens[:1024].max() >= GPTConfig.vocab_size or not tokens[1:1024:2].any()
+    if foreign:
+        raise UserError(f"{path} was not written by data/prepare.py")
+    return parts
+
+
+def must_match(config, train_data, val_data):
+    """What has to be the same in all processes, and when a run is resumed."""
+    sizes = [config.n_layer, config.n_head, config.n_embd, config.block_size]
+    optimizers = config.muon_learning_rate > 0
+    return dict(text=[train_data.hash, val_data.hash], sizes=sizes, optimizers=optimizers)
+
+
 def new_checkpoint(config, tokenizer, train_data, val_data, trained):
     before = END_OF_TEXT if os.path.isdir(config.data) else "\n"
-    sizes = [config.n_layer, config.n_head, config.n_embd, config.block_size]
     return dict(
         written_by="bpe_gpt", config=vars(config), vocab=tokenizer.tokens,
         text_before=trained["text_before"] if trained else before,  # before each text
         bytes_per_token=[bytes_per_token(data, tokenizer) for data in (train_data, val_data)],
-        must_match=[train_data.hash, config.muon_learning_rate > 0, *sizes],
+        templates=train_data.templates,  # of a model that answers instructions
+        must_match=must_match(config, train_data, val_data),
         history=[],  # of each evaluation: step, tokens read, training and validation loss
+        log=[],  # of each evaluation and each hundredth step: what write_log() writes
         model={},  # the weights with the lowest validation loss so far
         last=dict(step=0, n_read=0, seconds=0))  # what the next step depends on: see save()
 
 
-def main():
+def main(load_data=load_tokens, more_settings={}):
     if hasattr(sys.stdout, "reconfigure"):  # print any character, and each line at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
@@ -1008,48 +1007,48 @@ def main():
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not at the first evaluation
     device = pick_device(config.device)
     join_processes(device)
-    resumed = config.resume and Path(config.out).exists() and not config.eval_only
+    resumed = from_first_process(lambda: config.resume and Path(config.out).exists())
     start = config.out if resumed else config.init
-    trained = load_pretrained(start) if start else None  # the checkpoint to go on from
-    config = choose_settings(flags, device, resumed, trained)
+    trained = from_first_process(load_pretrained, start) if start else None  # where to go on
+    config = from_first_process(choose_settings, flags, device, resumed, trained, more_settings)
     tokenizer = None  # to be learned from the data
     if trained:
         tokenizer = BPETokenizer(trained["vocab"])
     elif config.vocab_size == GPTConfig.vocab_size:
-        tokenizer = gpt2_tokenizer()
-    load_data = load_instructions if config.instructions else load_tokens
+        tokenizer = from_first_process(gpt2_tokenizer)
     train_data, val_data, tokenizer = load_data(config, tokenizer)
     config.vocab_size = V = len(tokenizer.tokens)
     torch.manual_seed(config.seed)  # of the initial weights
     model = GPT(config) if resumed or not trained else build_model(trained, config)
     model.to(device)
+    for p in model.parameters() if N_PROCESSES > 1 else []:
+        dist.broadcast(p.data, 0)  # all begin with the weights of the first process
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device} in {dtype}")
-    checkpoint = new_checkpoint(config, tokenizer, train_data, val_data, trained)
+    if resumed:
+        checkpoint = trained | {"config": vars(config)}
+    else:
+        checkpoint = from_first_process(
+            new_checkpoint, config, tokenizer, train_data, val_data, trained)
+    for name, value in must_match(config, train_data, val_data).items():
+        if value != checkpoint["must_match"][name]:
+            raise UserError(f"{config.out} began with another {name}, or another process did")
     if not resumed:
         with autocast:
             loss = describe(evaluate(model, val_data), checkpoint["bytes_per_token"][1])
-        part = "" if config.eval_only else "val "
-        print(f"{part}loss {loss}; a uniform guess: ln({V}) = {math.log(V):.4f}")
-    elif checkpoint["must_match"] != trained["must_match"]:
-        raise UserError(f"--resume: {config.out} began with other data, sizes or optimizers")
-    else:
-        checkpoint = trained | {"config": vars(config)}
-    if config.eval_only:
-        return
-    per_step = train_data.training_batch(0)[0].numel()
-    print(f"from step {checkpoint['last']['step']}: {per_step:,} tokens per step")
+        print(f"val loss {loss}; a uniform guess: ln({V}) = {math.log(V):.4f}")
+    show_cost(config, model, train_data, checkpoint["last"]["step"])
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)
     step, _, _, best = min(checkpoint["history"], key=lambda entry: entry[3])
     print(f"best val loss {best:.4f} at step {step}; next: python sample.py {config.out}")
+    if N_PROCESSES > 1:
+        dist.destroy_process_group()  # without this, a process may abort as it ends
 
 
 if __name__ == "__main__":
     try:
         main()
-        if N_PROCESSES > 1:
-            dist.destroy_process_group()  # without this, a process may abort as it ends
     except (OSError, UserError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:

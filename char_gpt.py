@@ -17,7 +17,6 @@ which comes next, is the same model at the size of GPT-2, on parts of words inst
 # ///
 
 import argparse
-import copy
 import hashlib
 import inspect
 import math
@@ -502,10 +501,12 @@ def save(checkpoint, started, model, optimizers, path):
     step, n_read, _, val_loss = checkpoint["history"][-1]
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
+    copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
+    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
-        checkpoint["model"] = copy.deepcopy(model).cpu().state_dict()
+        checkpoint["model"] = weights
     checkpoint["last"] = dict(
-        step=step, n_read=n_read, seconds=time.perf_counter() - started, model=model.state_dict(),
+        step=step, n_read=n_read, seconds=time.perf_counter() - started, model=weights,
         optimizers=[optimizer.means for optimizer in optimizers])
     with replacing(path) as file:
         torch.save(checkpoint, file)

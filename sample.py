@@ -4,7 +4,6 @@
     python sample.py gpt2               # from GPT-2, or gpt2-medium, gpt2-large, gpt2-xl
     python sample.py --prompt "ROMEO:" --temperature 0.8 --top_k 20
     python sample.py --interactive      # one prompt after another; Ctrl-D ends
-    python sample.py --instruct "Name the opposite." --input "heavy"
 
 To see what a model does with a text:
 
@@ -45,7 +44,7 @@ from char_gpt import (
 @dataclass
 class SampleConfig:
     prompt: str = ""  # text to continue
-    instruct: str = ""  # instruction to answer, for a model that was trained on --instructions
+    instruct: str = ""  # instruction to answer, for a model that data/instruct.py has trained
     input: str = ""  # what the instruction is about
     interactive: bool = False  # ask for prompts, or instructions
     max_new_tokens: int = 500  # length of a text
@@ -193,13 +192,14 @@ def quote(tokenizer, token):
 
 @torch.no_grad()
 def next_log_probs(model, idx):
-    """For each token of idx (1, T), the log-probabilities of the next one: (T, vocab_size)."""
+    """For each token of idx (1, T), the log-probabilities of the next one: (T, vocab_size). A text
+    that is too long for the context is read in windows, and at least half of one is seen."""
     size = model.context_size
-    logits, _ = model(idx[:, :size])  # all positions at once
-    rows = [logits[0]]
-    for end in range(size + 1, idx.shape[1] + 1):  # then a moving window, as in generate()
-        logits, _ = model(idx[:, end - size : end])
-        rows.append(logits[0, -1:])
+    step = max(1, size // 2)
+    rows = [model(idx[:, :size])[0][0]]
+    for start in range(step, idx.shape[1] - size + step, step):
+        logits, _ = model(idx[:, start : start + size])
+        rows.append(logits[0, size - step :])
     return torch.cat(rows).log_softmax(dim=-1)
 
 
@@ -325,7 +325,7 @@ def read_curve(path):
     """The history of a run, [(megabytes of text read, training loss, validation loss)]. The losses
     are in bits per byte of text, which can be compared between models with different tokens."""
     checkpoint = load_checkpoint(path, *CHARACTER_MODELS, "bpe_gpt")
-    if checkpoint["config"].get("instructions") or not checkpoint["history"]:
+    if checkpoint.get("templates") or not checkpoint["history"]:
         raise UserError(f"{path} was trained on instructions, not on a text, or elsewhere")
     train_bytes, val_bytes = checkpoint["bytes_per_token"]  # of the two parts of its text
     return [(n_read * train_bytes / 1e6,
@@ -442,6 +442,9 @@ def main():
         return explore(model, tokenizer, ids, names[0], checkpoint.get("history"), path)
     if config.shapes:
         return show_shapes(model, encode(config.shapes))
+    templates = checkpoint.get("templates")  # of prompts, if it was trained on instructions
+    if config.instruct and not templates:
+        raise UserError(f"{names[0]} was not trained on instructions: see data/instruct.py")
     device = pick_device(config.device)
     is_large = sum(p.numel() for p in model.parameters()) > 50e6
     if config.dtype == "auto" and not is_large:  # bfloat16 saves time in large models only
@@ -450,11 +453,10 @@ def main():
     model.to(device, dtype)
     print(f"{names[0]} on {device}, {dtype}", file=sys.stderr)
     torch.manual_seed(config.seed)
-    taught = checkpoint["config"].get("instructions")
     for text in typed_lines() if config.interactive else [config.instruct or config.prompt]:
         prompt = text
-        if config.instruct or (config.interactive and taught):
-            text = bpe_gpt.make_prompt({"instruction": text, "input": config.input})
+        if config.instruct or (config.interactive and templates):
+            text = templates[config.input != ""].format(instruction=text, input=config.input)
             prompt = ""  # only the response is shown
         try:
             idx = torch.tensor([encode(text) or before], device=device)

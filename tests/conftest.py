@@ -23,10 +23,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
 import bpe_gpt  # noqa: E402
 
-# data/ is no package: hugging_face.py is a script.
-spec = importlib.util.spec_from_file_location("hugging_face", ROOT / "data" / "hugging_face.py")
-hugging_face = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hugging_face)
+
+def load_script(name):
+    """A script of data/, which is no package, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hugging_face = load_script("hugging_face")
+instruct = load_script("instruct")
 
 SHAKESPEARE = ROOT / "data" / "tinyshakespeare.txt"
 PLAY = ROOT / "data" / "the-glass-harbour.txt"
@@ -100,7 +107,8 @@ def clone(tmp_path_factory):
     (folder / "data").mkdir()
     (folder / "logs").mkdir()
     shutil.copy(PLAY, folder / "data")
-    shutil.copy(ROOT / "data" / "hugging_face.py", folder / "data")
+    for name in ("hugging_face.py", "instruct.py", "evaluate.py"):
+        shutil.copy(ROOT / "data" / name, folder / "data")
     small = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --max_iters 60 --eval_interval 30 "
     small += "--warmup_iters 5 --learning_rate 0.01"
     bpe = small + " --vocab_size 300 --total_batch_size 512 --batch_size 8"
@@ -121,7 +129,7 @@ def pytest_runtest_makereport(item, call):
     report = yield
     if report.when != "call" or call.excinfo is None or item.path.name != "test_exercises.py":
         return report
-    mine = [entry for entry in call.excinfo.traceback if Path(entry.path).parent == ROOT]
+    mine = [entry for entry in call.excinfo.traceback if Path(entry.path).parent in (ROOT, ROOT / "data")]
     if mine:
         entry = mine[-1]
         code = entry.frame.code.raw

@@ -12,7 +12,8 @@ import pytest
 import regex  # comes with tiktoken
 import torch
 import torch.nn.functional as F
-from conftest import PLAY, ROOT, SHAKESPEARE, hugging_face, needs_gpt2_tokenizer, needs_shakespeare
+from conftest import (
+    PLAY, ROOT, SHAKESPEARE, hugging_face, needs_gpt2_tokenizer, needs_shakespeare, run)
 from numpy_gpt2 import gpt2
 
 import bpe_gpt
@@ -508,9 +509,9 @@ def test_in_training_at_most_a_million_tokens_are_evaluated_evenly_spread():
     list(data.evaluation_batches())
     assert starts == list(range(0, 2_499_999, 3000))
     starts.clear()
-    data.config.eval_only = True
+    data.max_evaluated = len(tokens) + 1
     list(data.evaluation_batches())
-    assert starts == list(range(0, 2_499_999, 1000)), "--eval_only reads all"
+    assert starts == list(range(0, 2_499_999, 1000)), "data/evaluate.py reads all"
 
 
 @pytest.mark.parametrize("n", [2, 3, 7])
@@ -578,7 +579,8 @@ def test_the_command_says_what_it_does(clone):
         r"step 60: .* (\S+) \(perplexity (\S+), (\S+) bits/byte\) val", output).groups()
     assert float(loss) < 4.5 and 2 < float(bits) < 5
     assert float(perplexity) == pytest.approx(math.exp(float(loss)), abs=0.01)
-    for part in ("--full trains", "not the defaults: vocab_size 300, n_layer 2", "parameters", "from step 0: 512 tokens per step", "best val loss"):
+    for part in ("--full trains", "not the defaults: vocab_size 300, n_layer 2", "parameters",
+                 "steps 0 to 60 of 512 tokens: 30,720 in all, ", "best val loss"):
         assert part in output
     assert "next: python sample.py out/bpe_gpt.pt" in output
 
@@ -659,15 +661,15 @@ def test_a_fine_tuned_checkpoint_is_fine_tuned_again(command, untrained, tmp_pat
     assert after == before
 
 
-def test_evaluation_alone_is_over_the_whole_text(command, untrained, tmp_path, capsys):
+def test_data_evaluate_py_evaluates_the_whole_text(untrained, tmp_path):
     text = "To be, or not to be? " * 20
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     model = GPT.from_pretrained(untrained)
     tokenizer = BPETokenizer(load_pretrained(untrained)["vocab"])
-    flags = ("--data", tmp_path / "text.txt", "--init", untrained, "--dtype", "float32")
-    assert command("none.pt", "--eval_only", *flags) is None
+    flags = (untrained, tmp_path / "text.txt", "--dtype", "float32")
+    output, _ = run(ROOT / "data" / "evaluate.py", *flags, cwd=tmp_path)
     pattern = r"loss (\S+) \(perplexity (\S+), (\S+) bits/byte\)"
-    loss, perplexity, bits = map(float, re.search(pattern, capsys.readouterr().out).groups())
+    loss, perplexity, bits = map(float, re.search(pattern, output).groups())
     data = TextData(encode(tokenizer, text), model.config)
     expected = evaluate(model, data)
     assert loss == pytest.approx(expected, abs=1e-3)
@@ -689,6 +691,7 @@ def test_a_folder_of_tokens_is_trained_on_without_being_read_whole(command, tmp_
     monkeypatch.setattr(
         TextData, "__init__", lambda self, t, c: kinds.append(type(t)) or init(self, t, c))
     monkeypatch.setattr(GPTConfig, "vocab_size", 300)
+    monkeypatch.setitem(bpe_gpt.FOLDER_SETTINGS, "vocab_size", 300)
     size = SIZE.replace("--vocab_size 300", "").split()
     checkpoint = command("x.pt", "--data", tmp_path, *size, *STEPS.split())
     assert set(kinds) == {np.memmap} and len(checkpoint["history"]) == 3
@@ -702,13 +705,151 @@ def test_a_folder_of_tokens_is_trained_on_without_being_read_whole(command, tmp_
         command("x.pt", "--data", tmp_path, "--init", tmp_path / "other.pt")
 
 
-def test_more_processes_than_rows_are_refused(command, monkeypatch):
-    """Each needs one in every step: 31 tokens are one row of 16."""
+def test_each_process_has_a_row_in_every_step(monkeypatch):
+    data = data_of(np.arange(1000) % 300, block_size=16, total_batch_size=31)
+    assert len(data.training_batch(0)[0]) == 1
+    monkeypatch.setattr(bpe_gpt, "N_PROCESSES", 3)
+    assert len(data.training_batch(0)[0]) == 3
+
+
+# A corpus
+
+
+def folder_of_tokens(path, n=20_000):
+    """What data/prepare.py writes, with tokens at random."""
+    path.mkdir(exist_ok=True)
+    for name, size in (("train", n), ("val", n // 10)):
+        tokens = np.random.default_rng(len(name)).integers(1, 50257, size=size)
+        tokens.astype("<u2").tofile(path / f"{name}.bin")
+    return path
+
+
+def settings_for(*flags, device="cpu", resumed=False, trained=None):
+    given = dict(zip(flags[::2], flags[1::2]))
+    return bpe_gpt.choose_settings(given, torch.device(device), resumed, trained, {})
+
+
+def test_a_folder_has_settings_of_its_own_for_one_pass_through_the_data(tmp_path, capsys):
+    data = str(folder_of_tokens(tmp_path / "x", n=1_200_000))
+    full = settings_for("data", data, device="cuda")
+    assert (full.n_layer, full.n_embd, full.vocab_size) == (12, 768, 50257)
+    assert full.dropout == 0 and full.total_batch_size == 2**19 and full.max_iters == 2
+    assert "max_iters 2" in capsys.readouterr().out, "what is not the default is shown"
+    small = settings_for("data", data)
+    assert (small.n_layer, small.n_embd, small.vocab_size) == (4, 128, 50257)
+    assert small.dropout == 0 and small.max_iters == 1_200_000 // small.total_batch_size > 50
+    mine = settings_for("data", data, "total_batch_size", 4096, "dropout", 0.1)
+    assert mine.max_iters == 292 and mine.dropout == 0.1, "flags count most"
+    assert settings_for("data", data, "max_iters", 7).max_iters == 7
+    assert settings_for("data", "play.txt").dropout == 0.05, "a text file has not"
+
+
+def test_a_folder_does_not_change_how_a_model_is_fine_tuned(tmp_path):
+    data = str(folder_of_tokens(tmp_path / "x"))
+    trained = {"config": dict(vars(GPTConfig()))}
+    tuned = settings_for("data", data, "init", "gpt2", trained=trained)
+    plain = settings_for("data", "", "init", "gpt2", trained=trained)
+    assert vars(tuned) | {"data": ""} == vars(plain)
+
+
+def test_what_a_run_will_take_is_printed_before_it_begins(capsys):
+    config = GPTConfig(**{**SMALL, "block_size": 16, "total_batch_size": 160, "max_iters": 37,
+                          "eval_interval": 10})
+    data = TextData(np.arange(1000) % 300, config)  # 61 rows of 16 in an epoch, 10 per step
+    model = GPT(config)
+    bpe_gpt.show_cost(config, model, data, 12)
+    n = sum(p.numel() for p in model.parameters())
+    assert capsys.readouterr().out == (
+        f"steps 12 to 37 of 160 tokens: 5,920 in all, {370 / 61:.2g} passes through the data; "
+        f"4 checkpoints of at most {16 * n / 1e9:.2g} GB\n")
+
+
+def test_a_checkpoint_is_not_larger_than_it_was_said_to_be(command, tmp_path, capsys):
+    command("x.pt", *SIZE.split(), *STEPS.split())
+    said = re.search(r"of at most (\S+) GB", capsys.readouterr().out)[1]
+    assert (tmp_path / "x.pt").stat().st_size < 1.05e9 * float(said) + 50_000
+
+
+def test_the_utilization_is_what_is_computed_over_what_could_be(monkeypatch):
+    """6 operations per parameter and token, and those of attention; on two devices."""
+    config = GPTConfig(**SMALL)
+    model = GPT(config)
+    monkeypatch.setattr(bpe_gpt, "matrix_rate", lambda device, dtype: 1e9)
     monkeypatch.setattr(bpe_gpt, "N_PROCESSES", 2)
-    monkeypatch.setattr(bpe_gpt, "join_processes", lambda device: None)
-    monkeypatch.setattr(bpe_gpt.dist, "all_reduce", lambda tensor: None)
-    with pytest.raises(ValueError, match="--total_batch_size must be at least 32"):
-        command("x.pt", *SIZE.split(), "--total_batch_size", "31")
+    n = sum(p.numel() for p in model.parameters())
+    attention = 12 * config.n_layer * config.n_embd * config.block_size
+    expected = (6 * n + attention) * 1000 / 2e9
+    assert bpe_gpt.utilization(model, config, 1000) == pytest.approx(expected)
+
+
+def test_the_matrix_rate_is_that_of_large_products():
+    rate = bpe_gpt.matrix_rate(torch.device("cpu"), torch.float32)
+    assert 1e8 < rate < 1e14 and rate == bpe_gpt.matrix_rate(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("foreign", ["meta.pkl", "32 bits", "a header"])
+def test_tokens_of_another_program_are_refused(tmp_path, foreign, monkeypatch):
+    folder = folder_of_tokens(tmp_path / "x")
+    tokens = np.fromfile(folder / "train.bin", "<u2")
+    if foreign == "meta.pkl":  # nanoGPT's name for the vocabulary of characters
+        (folder / foreign).write_bytes(b"")
+    elif foreign == "32 bits":
+        tokens.astype("<u4").tofile(folder / "train.bin")
+    else:  # as llm.c's files begin
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, len(tokens)
+        (folder / "train.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    tokenizer = BPETokenizer([bytes([b]) for b in range(256)] + [b"<|endoftext|>"])
+    monkeypatch.setattr(bpe_gpt, "gpt2_tokenizer", lambda: tokenizer)
+    with pytest.raises(bpe_gpt.UserError, match="was not written by data/prepare.py"):
+        bpe_gpt.read_folder(folder, tokenizer)
+
+
+def test_tokens_of_data_prepare_py_are_read(tmp_path, monkeypatch):
+    folder = folder_of_tokens(tmp_path / "x")
+    tokenizer = BPETokenizer([bytes([b]) for b in range(256)] + [b"<|endoftext|>"])
+    monkeypatch.setattr(bpe_gpt, "gpt2_tokenizer", lambda: tokenizer)
+    assert [len(tokens) for tokens in bpe_gpt.read_folder(folder, tokenizer)] == [20_000, 2000]
+    other = BPETokenizer([*tokenizer.tokens[1::-1], *tokenizer.tokens[2:]])  # in another order
+    with pytest.raises(bpe_gpt.UserError, match="not those of another vocabulary"):
+        bpe_gpt.read_folder(folder, other)
+
+
+def test_the_log_has_every_evaluation_and_hundredth_step_once_after_three_stops(command, tmp_path):
+    size = [*SIZE.split(), "--batch_size", "4", "--total_batch_size", "64"]
+    for max_iters in (130, 250, 260, 400):
+        command("x.pt", *size, "--resume", "--max_iters", max_iters, "--eval_interval", "130")
+    lines = (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    steps = [entry["step"] for entry in entries]
+    assert steps == [100, 130, 200, 250, 260, 300, 390, 400, 400]
+    assert all(entry["tokens"] == 64 * entry["step"] for entry in entries)
+    assert [entry["step"] for entry in entries if "val_loss" in entry] == [130, 250, 260, 390, 400]
+    history = torch.load(tmp_path / "x.pt")["history"]
+    assert [e["val_loss"] for e in entries if "val_loss" in e] == [row[3] for row in history]
+
+
+def test_resuming_notices_other_validation_data(command, tmp_path):
+    size = [*SIZE.split(), "--batch_size", "4", "--total_batch_size", "64", "--eval_interval", "5"]
+    command("x.pt", *size, "--max_iters", "5")
+    before = (tmp_path / "x.pt").read_bytes()
+    (tmp_path / "play.txt").write_text(TEXT[:-1] + "!", encoding="utf-8")
+    with pytest.raises(bpe_gpt.UserError, match="x.pt began with another text"):
+        command("x.pt", "--resume", "--max_iters", "10")
+    assert (tmp_path / "x.pt").read_bytes() == before
+
+
+def test_the_latest_weights_are_saved_once_if_they_are_the_best(command, tmp_path):
+    size = [*SIZE.split(), "--batch_size", "4", "--total_batch_size", "64", "--eval_interval", "5"]
+    best = command("best.pt", *size, "--max_iters", "5")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert best["model"][name].data_ptr() == best["last"]["model"][name].data_ptr()
+    tied = best["model"]["lm_head.weight"], best["model"]["transformer.wte.weight"]
+    assert tied[0].data_ptr() == tied[1].data_ptr()
+    worse = command("best.pt", "--resume", "--max_iters", "10", "--learning_rate", "5")
+    assert worse["history"][-1][3] > worse["history"][0][3]
+    assert not torch.equal(worse["model"][name], worse["last"]["model"][name])
+    assert torch.equal(worse["model"][name], best["model"][name])
 
 
 def test_fine_tuning_does_not_replace_the_model_that_it_begins_with(command, tmp_path):

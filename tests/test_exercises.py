@@ -971,7 +971,7 @@ def test_cache_can_be_filled_to_the_last_place():
     append(cache, 3, 1)
 
 
-# `encode_record` in bpe_gpt.py
+# `encode_record` in data/instruct.py
 
 
 class Bytes:
@@ -987,10 +987,10 @@ RECORD = {"instruction": "Name the opposite.", "input": "hot", "output": "cold"}
 
 def encoded():
     """The number of tokens in the prompt, and x and y as lists."""
-    result = bpe_gpt.encode_record(RECORD, Bytes())
+    result = instruct.encode_record(RECORD, Bytes())
     check(isinstance(result, (tuple, list)) and len(result) == 2,
           f"encode_record() returns {show(result)}, not a pair of tensors, x and y")
-    n_prompt = len(Bytes().encode(bpe_gpt.make_prompt(RECORD)))
+    n_prompt = len(Bytes().encode(instruct.make_prompt(RECORD)))
     T = n_prompt + 4
     tokens = f"prompt, response and end of text have {n_prompt} + 4 + 1 tokens, of which"
     check_tensor(result[0], (T,), f"{tokens} x has all but the last: x")
@@ -1008,7 +1008,7 @@ def test_encode_record_has_prompt_and_response_as_inputs():
     _, x, _ = encoded()
     check(-100 not in x, "x has -100 in it: y must be a copy, as clone() makes it, because a slice "
           "of a tensor shares its memory with the tensor")
-    expected = list((bpe_gpt.make_prompt(RECORD) + "cold").encode())
+    expected = list((instruct.make_prompt(RECORD) + "cold").encode())
     for i, (found, token) in enumerate(zip(x, expected)):
         check(found == token, f"x is the prompt and then the response: number {i} of it is "
               f"{spell(token)}, not {spell(found)}")

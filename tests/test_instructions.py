@@ -1,4 +1,4 @@
-"""bpe_gpt.py --instructions: teaching a model to respond."""
+"""data/instruct.py: teaching a model to respond."""
 
 import json
 import re
@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PLAY, ROOT, one_line_error, run
+from conftest import PLAY, ROOT, instruct, one_line_error, run
 
 import bpe_gpt
-from bpe_gpt import END_OF_TEXT, GPT, GPTConfig, InstructionData, encode_record, make_batch
-from bpe_gpt import make_prompt, read_records
+from bpe_gpt import END_OF_TEXT, GPT, GPTConfig, make_batch
 
-SCRIPT = ROOT / "bpe_gpt.py"
+InstructionData = instruct.InstructionData
+encode_record = instruct.encode_record
+make_prompt = instruct.make_prompt
+read_records = instruct.read_records
+SCRIPT = ROOT / "data" / "instruct.py"
 RECORDS = [
     {"instruction": f"{verb} the word.", "input": word, "output": f"{a} {word}{b}"}
     for verb, a, b in (("Greet", "Hello,", "!"), ("Doubt", "Is it", "?"), ("Praise", "Good", "."))
@@ -192,12 +195,12 @@ def test_records_without_an_output_are_skipped(tmp_path):
 
 
 def test_an_input_may_be_null_and_an_answer_no_text(tmp_path):
-    """It is written as in Python; the answers 0 and false are answers."""
+    """It is written as in JSON; the answers 0 and false are answers."""
     outputs = [3, 0, -1.5, True, False, ["ä", 1], None]
     records = [{"instruction": "x", "input": None, "output": output} for output in outputs]
     (tmp_path / "x.json").write_text(json.dumps(records), encoding="utf-8-sig")  # as Windows does
     expected = [{"instruction": "x", "input": "", "output": text}
-                for text in ("3", "0", "-1.5", "True", "False", "['ä', 1]")]
+                for text in ("3", "0", "-1.5", "true", "false", '["ä", 1]')]
     assert read_records(tmp_path / "x.json") == expected
 
 
@@ -222,7 +225,7 @@ NEEDED = "x.json is not a list of records with instruction and output"
 def test_a_file_of_no_use_is_refused_in_one_line(tmp_path, content, clue):
     if content is not None:
         (tmp_path / "x.json").write_text(content)
-    flags = "--instructions", "x.json", "--vocab_size", "300"
+    flags = "--data", "x.json", "--vocab_size", "300"
     assert clue in one_line_error(SCRIPT, *flags, cwd=tmp_path)
     assert not list(tmp_path.glob("out/*"))
 
@@ -243,33 +246,31 @@ def test_records_that_do_not_fit_are_left_out(tokenizer):
 
 def test_records_that_fit_are_counted_and_some_must(tmp_path, tokenizer, capsys):
     path = write_records(tmp_path / "x.json", RECORDS * 2 + LONG * 2)
-    config = GPTConfig(instructions=path, block_size=256)
-    train_data, val_data, _ = bpe_gpt.load_instructions(config, tokenizer)
+    config = GPTConfig(data=path, block_size=256)
+    train_data, val_data, _ = instruct.load_instructions(config, tokenizer)
     n_train, n_val = len(train_data.rows), len(val_data.rows)
     assert n_train + n_val == 26 and n_val > 0
     assert capsys.readouterr().out == (f"{n_train} of 27 records to train on and {n_val} of 3 to "
                                        "validate on fit into block_size\n")
     config.block_size = 20
-    with pytest.raises(ValueError, match="too few records, or a block_size that is too short"):
-        bpe_gpt.load_instructions(config, tokenizer)
+    with pytest.raises(ValueError, match="records have up to .* tokens, and this model reads 20:"):
+        instruct.load_instructions(config, tokenizer)
     assert capsys.readouterr().out.startswith("0 of 27 records to train on and 0 of 3 to ")
 
 
-def test_a_tenth_is_held_back_and_with_eval_only_all_is(tmp_path, tokenizer):
-    path = write_records(tmp_path / "x.json", RECORDS * 3)
-    for eval_only, sizes in ((False, [36, 3]), (True, [0, 39])):
-        config = GPTConfig(instructions=path, eval_only=eval_only)
-        train_data, val_data, same = bpe_gpt.load_instructions(config, tokenizer)
-        assert [len(train_data.rows), len(val_data.rows)] == sizes and same is tokenizer
-        inputs = sorted(x.tolist() for x, _ in train_data.rows + val_data.rows)
-        assert inputs == sorted(encode_record(r, tokenizer)[0].tolist() for r in RECORDS * 3)
+def test_a_tenth_is_held_back(tmp_path, tokenizer):
+    config = GPTConfig(data=write_records(tmp_path / "x.json", RECORDS * 3))
+    train_data, val_data, same = instruct.load_instructions(config, tokenizer)
+    assert [len(train_data.rows), len(val_data.rows)] == [36, 3] and same is tokenizer
+    inputs = sorted(x.tolist() for x, _ in train_data.rows + val_data.rows)
+    assert inputs == sorted(encode_record(r, tokenizer)[0].tolist() for r in RECORDS * 3)
 
 
 def test_a_vocabulary_is_learned_from_the_records_to_train_on(tmp_path):
     records = [dict(RECORDS[0], output=10 * f"{letter}{letter}" + str(i))
                for i, letter in enumerate("bcdfghjklm")]
-    config = GPTConfig(instructions=write_records(tmp_path / "x.json", records), vocab_size=999)
-    train_data, val_data, tokenizer = bpe_gpt.load_instructions(config, None)
+    config = GPTConfig(data=write_records(tmp_path / "x.json", records), vocab_size=999)
+    train_data, val_data, tokenizer = instruct.load_instructions(config, None)
     tokens = {tokenizer.tokens[i].decode("utf-8", "replace")
               for i in range(256, len(tokenizer.tokens))}
     (held_back,) = responses(tokenizer, val_data.rows[0][1][None])
@@ -280,10 +281,10 @@ def test_a_vocabulary_is_learned_from_the_records_to_train_on(tmp_path):
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    """A folder in which bpe_gpt.py has learned RECORDS, and what it printed."""
+    """A folder in which data/instruct.py has taught RECORDS to a model, and what it printed."""
     folder = tmp_path_factory.mktemp("taught")
     (folder / "records.json").write_text(json.dumps(RECORDS))
-    flags = "--instructions records.json --n_layer 2 --n_head 2 --n_embd 64 --vocab_size 300 "
+    flags = "--data records.json --n_layer 2 --n_head 2 --n_embd 64 --vocab_size 300 "
     flags += "--dropout 0 --batch_size 6 --total_batch_size 1536 --warmup_iters 5 "
     flags += "--max_iters 80 --eval_interval 40"
     return folder, run(SCRIPT, *flags.split(), cwd=folder)[0]
@@ -307,18 +308,25 @@ def test_a_response_that_was_learned_is_brought_back_by_sample_py(taught):
     assert text == record["output"] + "\n"
 
 
-def test_a_run_on_instructions_is_evaluated_on_all_records(taught):
-    folder, _ = taught
-    flags = "--eval_only --init out/bpe_gpt.pt --instructions records.json"
-    text, _ = run(SCRIPT, *flags.split(), cwd=folder)
-    assert "0 of 0 records to train on and 13 of 13 to validate on fit into block_size\n" in text
-    line = r"^(?:val )?loss (\S+) \(perplexity \S+, \S+ bits/byte\); a uniform guess"
-    (loss,) = re.findall(line, text, re.MULTILINE)
-    checkpoint = bpe_gpt.load_pretrained(folder / "out" / "bpe_gpt.pt")
-    model = GPT.from_pretrained(folder / "out" / "bpe_gpt.pt")
-    tokenizer = bpe_gpt.BPETokenizer(checkpoint["vocab"])
-    data = InstructionData(read_records(folder / "records.json"), tokenizer, model.config)
-    assert float(loss) == pytest.approx(bpe_gpt.evaluate(model, data), rel=0.02)
+def test_fields_that_are_not_used_are_named_once(tmp_path, capsys):
+    """Others' records may have a context, a system prompt, or a history."""
+    records = [dict(RECORDS[0], context="x"), RECORDS[1], dict(RECORDS[2], system="y")]
+    assert read_records(write_records(tmp_path / "x.json", records)) == RECORDS[:3]
+    assert capsys.readouterr().out == "these fields of the records are not used: context, system\n"
+    read_records(write_records(tmp_path / "x.json", RECORDS))
+    assert capsys.readouterr().out == ""
+
+
+def test_sample_py_answers_only_with_a_model_that_was_taught(clone):
+    error = one_line_error(
+        ROOT / "sample.py", "out/char_gpt.pt", "--instruct", "Greet the word.", cwd=clone)
+    assert "out/char_gpt.pt was not trained on instructions: see data/instruct.py" in error
+
+
+def test_a_small_context_is_named_with_the_way_out(clone):
+    flags = "--init", "out/bpe_gpt.pt", "--out", "out/x.pt", "--data", ROOT / "data/instructions.json"
+    error = one_line_error(SCRIPT, *flags, cwd=clone)
+    assert "tokens, and this model reads 32: fine-tune another, or none" in error
 
 
 def test_a_run_on_instructions_is_resumed(taught):

@@ -259,7 +259,7 @@ MISTAKES = {
     "a type's short name": ("char_gpt.py --data text.txt --dtype bf16", "float32, bfloat16 or auto"),
     "a type that is not used": ("bpe_gpt.py --data text.txt --vocab_size 260 --dtype float64",
                                 "float32, bfloat16 or auto"),
-    "nothing to evaluate": ("bpe_gpt.py --eval_only --data text.txt", "--eval_only needs --init"),
+    "nothing to evaluate": ("data/evaluate.py x.pt text.txt", "x.pt is missing"),
     "a folder without tokens": ("bpe_gpt.py --init x.pt --data .", "x.pt"),
     "a GPU that is not there": ("char_gpt.py --device cuda", "no such device"),
     "a device that is none": ("bpe_gpt.py --device gpu --data text.txt", "no such device"),

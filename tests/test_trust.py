@@ -2,7 +2,9 @@
 
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -124,6 +126,62 @@ def test_several_processes_train_as_one_and_one_resumes_them(folder, n):
         go_on = f"--resume --out {name} --max_iters 25"
         run(ROOT / "bpe_gpt.py", *go_on.split(), cwd=folder)
         assert close(history(folder / name), history(folder / "one.pt"))
+
+
+@linux
+def test_a_second_machine_needs_no_text_and_no_checkpoint_of_its_own(folder, tmp_path):
+    """The first process reads them, and sends what it has read to the others."""
+    flags = STEPS.replace("--data play.txt", "").split()
+    machines = [tmp_path / "first", tmp_path / "second"]
+    for machine in machines:
+        (machine / "data").mkdir(parents=True)
+        shutil.copy(ROOT / "bpe_gpt.py", machine)
+    text = (folder / "play.txt").read_text(encoding="utf-8")
+    (machines[0] / "data" / "tinyshakespeare.txt").write_text(text, encoding="utf-8")
+    for more in ("--max_iters 10", "--resume --max_iters 20"):
+        outputs = two_machines(machines, *flags, *more.split())
+        assert [status for status, _ in outputs] == [0, 0], outputs
+    run(ROOT / "bpe_gpt.py", *STEPS.split(), "--max_iters", "10", "--out", "one.pt", cwd=folder)
+    run(ROOT / "bpe_gpt.py", "--resume", "--max_iters", "20", "--out", "one.pt", cwd=folder)
+    assert close(history(machines[0] / "out" / "bpe_gpt.pt"), history(folder / "one.pt"))
+    assert not (machines[1] / "out" / "bpe_gpt.pt").exists()
+
+
+@linux
+def test_machines_with_different_tokens_are_told_so_and_save_nothing(tmp_path):
+    machines = [tmp_path / "first", tmp_path / "second"]
+    for i, machine in enumerate(machines):
+        (machine / "data").mkdir(parents=True)
+        shutil.copy(ROOT / "bpe_gpt.py", machine)
+        (machine / "text.txt").write_text("word " * 300 + "other " * i)
+    script = (
+        "import sys, numpy as np, bpe_gpt\n"
+        "words = lambda config, tokenizer: [*[bpe_gpt.TextData(np.frombuffer(open('text.txt', 'rb')"
+        ".read(), np.uint8), config) for _ in range(2)], bpe_gpt.train_bpe('', 257)]\n"
+        "bpe_gpt.main(words)\n")
+    for machine in machines:
+        (machine / "own_text.py").write_text(script)
+    outputs = two_machines(machines, *STEPS.split(), script="own_text.py")
+    assert all(status != 0 for status, _ in outputs)
+    assert "another text, or another process did" in outputs[1][1]
+    assert not list(tmp_path.glob("*/out/*"))
+
+
+def two_machines(machines, *flags, script="bpe_gpt.py"):
+    """Runs a process in each of two folders, which stand for machines without a common disk.
+    Returns (status, output) of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank, machine in enumerate(machines):
+        env = without_gpu(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                          RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2")
+        processes.append(subprocess.Popen(
+            [sys.executable, script, *flags], cwd=machine, env=env, encoding="utf-8",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs)]
 
 
 def workers(pid):

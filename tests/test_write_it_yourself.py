@@ -11,7 +11,7 @@ import shutil
 
 import pytest
 import test_exercises
-from conftest import ROOT, run
+from conftest import ROOT, instruct, run
 from wrong_answers import (
     MISTAKES, ZEROS, copy_repository, find, rows_of_the_table, wrong_versions)
 
@@ -23,7 +23,8 @@ import sample
 pytestmark = pytest.mark.skipif(
     not os.environ.get("CI"), reason="the exercises themselves: set CI=1 to check them")
 
-SCRIPTS = {"bigram.py": bigram, "char_gpt.py": char_gpt, "bpe_gpt.py": bpe_gpt, "sample.py": sample}
+SCRIPTS = {"bigram.py": bigram, "char_gpt.py": char_gpt, "bpe_gpt.py": bpe_gpt,
+           "data/instruct.py": instruct, "sample.py": sample}
 ROWS = rows_of_the_table()
 EVERY_ROW = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.function)
 TESTS = {name: test for name, test in vars(test_exercises).items() if name.startswith("test_")}

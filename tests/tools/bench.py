@@ -561,12 +561,15 @@ def compile_instructions(steps):
     """Rows of all lengths must neither break the compiled graph nor be compiled again and again."""
     from torch._dynamo.utils import counters
 
-    records = bpe_gpt.read_records(ROOT / "data" / "instructions.json")
+    sys.path.insert(0, str(ROOT / "data"))
+    import instruct
+
+    records = instruct.read_records(ROOT / "data" / "instructions.json")
     tokenizer = bpe_gpt.train_bpe("\n".join(record["output"] for record in records), 400)
     config = bpe_gpt.GPTConfig(
         vocab_size=len(tokenizer.tokens), n_layer=2, n_head=2, n_embd=64, block_size=512,
         total_batch_size=4096, batch_size=8)
-    data = bpe_gpt.InstructionData(records, tokenizer, config)
+    data = instruct.InstructionData(records, tokenizer, config)
     model = bpe_gpt.GPT(config).to(DEVICE)
     optimizers = bpe_gpt.make_optimizers(model, config)
     autocast = torch.autocast(DEVICE.type, FAST, enabled=FAST != torch.float32)
@@ -579,7 +582,7 @@ def compile_instructions(steps):
         bpe_gpt.training_step(forward, optimizers, x, y, step, config, autocast)
         graphs.append(counters["stats"]["unique_graphs"])
     breaks = sum(counters["graph_break"].values())
-    row(f"--instructions, {steps} steps, breaks of the graph", breaks, "")
+    row(f"data/instruct.py, {steps} steps, breaks of the graph", breaks, "")
     row("  graphs compiled", graphs[-1], "")
     row("  of these in the second half of the steps", graphs[-1] - graphs[steps // 2], "")
 

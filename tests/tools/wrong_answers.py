@@ -276,7 +276,7 @@ Row = namedtuple("Row", "function, script, task, time, command")
 def rows_of_the_table():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.split("\n## Write it yourself\n")[1].split("\n## ")[0]
-    row = r"^\| `([\w.]+)` in `(\w+\.py)` \| (.+?) \| (\d+ min) \| `(.+?)` \|$"
+    row = r"^\| `([\w.]+)` in `([\w/]+\.py)` \| (.+?) \| (\d+ min) \| `(.+?)` \|$"
     return [Row(*cells) for cells in re.findall(row, section, re.MULTILINE)]
 
 
