@@ -440,18 +440,28 @@ def test_a_part_that_is_off_has_its_worth_too_and_one_button_switches_all_on(tmp
         choosePart(part);
         find("switch").click();
     }
+    find("order").value = "worth";
     await findWorth();
+    const sorted = [...find("parts").children].map((button) => state.worth[button.value]);
+    find("order").value = "place";
+    drawParts();
     const right = sortedParts().map((part) => {
         const others = [...state.off].filter((each) => each !== part);
         return loss([...others, part]) - loss(others);
     });
     const shown = [...find("parts").children].map((button) => button.lastChild.textContent);
     seen.push(find("allOn").checkVisibility());
+    const label = find("allOn").textContent;
+    const expected = [loss([...state.off]), loss([])].map((bits) => bits.toFixed(2)).join(" \u2192 ");
+    find("order").value = "worth";
     find("allOn").click();
     seen.push(find("allOn").checkVisibility(), state.off.size > 0);
-    return [seen, right, shown, find("finding").textContent]"""
-    seen, right, shown, finding = browse(page, code, tmp_path)
-    assert seen == [False, True, False, False] and "everything on" not in finding
+    return [seen, right, shown, find("finding").textContent, sorted, label.includes(expected),
+            find("order").value]"""
+    seen, right, shown, finding, in_order, labelled, order = browse(page, code, tmp_path)
+    assert seen == [False, True, False, False] and "everything on" not in finding and labelled
+    assert in_order == sorted(in_order, reverse=True)
+    assert order == "place", "what a part is worth has to be found anew"
     assert [float(text.replace("\u2212", "-")) for text in shown] == pytest.approx(right, abs=0.0051)
     assert len(shown) == 6 and max(map(abs, right)) > 0.05, "else any numbers would do"
 
