@@ -87,9 +87,9 @@ def choose(logits, config):
     tail = probs < config.min_p * probs[:, :1]
     # A cut by the sum of the probabilities of all likelier tokens (Holtzman et al. 2020). For
     # example, with the probabilities 0.5, 0.3, 0.15, 0.05 and a top_p of 0.7, these sums are 0,
-    # 0.5, 0.8, 0.95: the first two tokens stay.
+    # 0.5, 0.8, 0.95: the first two tokens stay. (1e-6, since such a sum is rounded.)
     if config.top_p < 1:
-        tail |= probs.cumsum(dim=-1) - probs >= config.top_p
+        tail |= probs.cumsum(dim=-1) - probs >= config.top_p - 1e-6
     tail[:, 0] = False  # the likeliest token always stays
     ranks = sample(logits.masked_fill(tail, -math.inf))  # (B, 1): 0 is the likeliest
     return tokens.gather(-1, ranks)  # the tokens that have these ranks
@@ -247,7 +247,7 @@ def attention_weights(model, ids):
 
 
 @torch.no_grad()
-def explore(model, tokenizer, ids, name, history, path):
+def explore(model, tokenizer, ids, name, history, config):
     """Make a page for the browser out of data/explore.html: what the model does with ids."""
     has_attention = hasattr(model, "transformer")
     limit = min(81, model.context_size) if has_attention else 81  # so that the page opens fast
@@ -259,6 +259,8 @@ def explore(model, tokenizer, ids, name, history, path):
         step, _, _, loss = min(history, key=lambda entry: entry[3])
         about += f", validation loss {loss:.4f} nats after {step:,} steps"
     log_probs = next_log_probs(model, torch.tensor([ids]))  # (T, vocab_size)
+    if not all(numbers.isfinite().all() for numbers in [log_probs, *model.parameters()]):
+        raise UserError(f"{name} has weights that are nan or too large: train it again")
     followed = log_probs[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1))  # (T - 1, 1)
     scores, order = log_probs.sort(dim=-1, descending=True)
     # Of 50,257 scores, the page gets those of the first 100 ranks and then of ranks about 1% apart.
@@ -270,8 +272,9 @@ def explore(model, tokenizer, ids, name, history, path):
         "scores": scores[:, ranks - 1].double().round(decimals=4).tolist(),
         "log_probs": followed.flatten().tolist(),
         "ranks": ((log_probs[:-1] > followed).sum(dim=-1) + 1).tolist(),
-        "context_size": model.context_size if has_attention else 10**6,
-    }
+        "context_size": model.context_size if has_attention else 10**6}
+    for setting in ("temperature", "top_k", "top_p", "min_p"):
+        page[setting] = min(getattr(config, setting), 1e6)  # JSON has no infinity
     if has_attention:
         page["attention"] = (attention_weights(model, ids) * 1000).round().int().tolist()
         # The "logit lens" (nostalgebraist 2020): the output layer reads what each block puts out.
@@ -280,20 +283,18 @@ def explore(model, tokenizer, ids, name, history, path):
         probs, tokens = model.lm_head(model.transformer.ln_f(x)).softmax(dim=-1).max(dim=-1)
         page["lens"] = {"tokens": tokens.tolist(), "probs": probs.tolist()}  # (n_layer + 1, T)
     if n_params <= 16e6:
-        page |= page_model(model, tokenizer)
+        page |= page_model(model, tokenizer, rounded=n_params > 2e6)
     data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # </script> does no harm
     html = (bpe_gpt.DATA / "explore.html").read_text(encoding="utf-8")
     script = (bpe_gpt.DATA / "gpt2.js").read_text(encoding="utf-8")
     html = html.replace("/* data/gpt2.js comes here */", script)
-    with bpe_gpt.replacing(path) as file:
+    with bpe_gpt.replacing(config.plot) as file:
         file.write(html.replace('id="data">', f'id="data">{data}').encode())
-    print(f"saved {path}: open it in a browser")
+    print(f"saved {config.plot}: open it in a browser")
 
 
-def page_model(model, tokenizer):
-    """What the page needs to compute by itself: the tokens, and the weights in base64, as 32-bit
-    numbers or, of a large model, as 16-bit integers with what they are to be multiplied by."""
-    rounded = sum(p.numel() for p in model.parameters()) > 2e6
+def page_model(model, tokenizer, rounded):
+    """The tokens, and the weights in base64: 32-bit numbers or 16-bit integers with a scale."""
     weights = []
     for name, p in model.named_parameters():
         scale = p.abs().max().item() / 32767 if rounded else 0
@@ -302,8 +303,7 @@ def page_model(model, tokenizer):
     return {
         "weights": weights, "rounded": rounded, "end_of_text": tokenizer.end_of_text,
         "tokens": [token.decode("latin-1") for token in tokenizer.tokens],  # a letter for each byte
-        "words": bpe_gpt.WORDS if isinstance(model, bpe_gpt.GPT) else None,
-    }
+        "words": bpe_gpt.WORDS if isinstance(model, bpe_gpt.GPT) else None}
 
 
 def show_shapes(model, ids):
@@ -437,9 +437,9 @@ def main():
     if config.probs:
         return show_probs(model, tokenizer, before + encode(config.probs))
     if config.explore:
-        ids = before + encode(config.explore)
-        path = config.plot or "explore.html"
-        return explore(model, tokenizer, ids, names[0], checkpoint.get("history"), path)
+        ids = before + encode(config.explore.replace("\r\n", "\n").replace("\r", "\n"))
+        config.plot = config.plot or "explore.html"
+        return explore(model, tokenizer, ids, names[0], checkpoint.get("history"), config)
     if config.shapes:
         return show_shapes(model, encode(config.shapes))
     templates = checkpoint.get("templates")  # of prompts, if it was trained on instructions

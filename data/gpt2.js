@@ -196,7 +196,7 @@ function distribution(scores, { temperature, top_k, top_p, min_p }) {
   let before = probs[0]; // the sum of the probabilities of all likelier tokens
   while (left < probs.length) {
     if (probs[left] < min_p * probs[0]) break;
-    if (top_p < 1 && before >= top_p) break;
+    if (top_p < 1 && before >= top_p - 1e-6) break;
     before += probs[left];
     left += 1;
   }
@@ -230,6 +230,15 @@ function random(seed, n) {
 
 const surprise = (steps, t) => -steps[t - 1].logProbs[steps[t].id] / Math.LN2; // in bits
 const total = (steps) => sum(steps.slice(1).map((_, i) => surprise(steps, i + 1)));
+
+// How many more bits per token the text takes without a part, while the others stay on or off.
+function worth(part, steps, off) {
+  const switched = new Set(off);
+  if (!switched.delete(part)) switched.add(part);
+  const others = readAll(steps.map((step) => step.id), switched);
+  const more = (total(others) - total(steps)) / Math.max(1, steps.length - 1);
+  return off.has(part) ? -more : more;
+}
 
 // The "logit lens": [token, probability] of the best guess after the embeddings and each layer.
 function lens(step) {

@@ -21,7 +21,7 @@ import bpe_gpt
 import char_gpt
 import sample
 from char_gpt import CharTokenizer
-from sample import load_model
+from sample import SampleConfig, load_model
 
 SCRIPTS = ["bigram", "char_gpt", "bpe_gpt"]
 TEMPLATE = (ROOT / "data" / "explore.html").read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ class Numbers:
 
 def write_page(model, tokenizer, ids, folder):
     """The page that sample.py makes of a model that is no checkpoint."""
-    sample.explore(model, tokenizer, ids, "x", None, folder / "x.html")
+    sample.explore(model, tokenizer, ids, "x", None, SampleConfig(plot=folder / "x.html"))
     return read_page(folder / "x.html")[0]
 
 
@@ -173,6 +173,28 @@ def test_too_long_a_text_is_refused_and_the_longest_is_not(clone, explore, scrip
     assert f"--explore takes {longest} tokens at most" in error and f"{longest + 1}" in error
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_text_with_the_line_breaks_of_windows_is_the_same_text(explore, script):
+    """A text field knows only \\n."""
+    _, data = explore(script, "A sea\n\nand\nships")
+    _, windows = explore(script, "A sea\r\n\r\nand\rships")
+    assert data["text"] == windows["text"] == "A sea\n\nand\nships" and data == windows
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_model_without_numbers_has_no_page(tmp_path, number):
+    """JSON has no nan. One weight is enough, even of a position that this text does not reach."""
+    model = tiny(char_gpt, vocab_size=5, block_size=32)
+    model.transformer.wpe.weight.data[30, 0] = number
+    with pytest.raises(char_gpt.UserError, match="x has weights that are nan"):
+        write_page(model, Numbers(5), [1, 2, 3], tmp_path)
+    model.transformer.wpe.weight.data[30, 0] = 0
+    model.transformer.wte.weight.data[:] = 1e38
+    with pytest.raises(char_gpt.UserError, match="or too large"):
+        write_page(model, Numbers(5), [1, 2, 3], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_file_is_named_explore_html_unless_plot_says_otherwise(command, clone):
     assert "saved explore.html" in command("out/bigram.pt", "--explore", "The sea")
     read_page(clone / "explore.html")
@@ -222,7 +244,7 @@ def harmful_page(tmp_path):
     ids = list(range(len(pieces)))
     text = b"".join(pieces[1:]).decode(errors="replace")
     tokenizer = SimpleNamespace(tokens=pieces, end_of_text=-1, decode=lambda ids: text)
-    sample.explore(model, tokenizer, ids, "</script><b>", None, tmp_path / "x.html")
+    sample.explore(model, tokenizer, ids, "</script><b>", None, SampleConfig(plot=tmp_path / "x.html"))
     return *read_page(tmp_path / "x.html"), text
 
 
@@ -408,6 +430,43 @@ def test_a_part_that_is_switched_off_adds_nothing_to_the_residual_stream(tmp_pat
 
 
 @needs_chromium
+def test_a_part_that_is_off_has_its_worth_too_and_one_button_switches_all_on(tmp_path):
+    model, tokenizer = KINDS["characters"]
+    page = write_page(model, tokenizer, tokenizer.encode("\nThe sea, the sea"), tmp_path)
+    code = """
+    const seen = [find("allOn").checkVisibility()];
+    const loss = (off) => total(readAll(data.ids, new Set(off))) / (state.steps.length - 1);
+    for (const part of ["0.1", "1.mlp"]) {
+        choosePart(part);
+        find("switch").click();
+    }
+    find("order").value = "worth";
+    await findWorth();
+    const sorted = [...find("parts").children].map((button) => state.worth[button.value]);
+    find("order").value = "place";
+    drawParts();
+    const right = sortedParts().map((part) => {
+        const others = [...state.off].filter((each) => each !== part);
+        return loss([...others, part]) - loss(others);
+    });
+    const shown = [...find("parts").children].map((button) => button.lastChild.textContent);
+    seen.push(find("allOn").checkVisibility());
+    const label = find("allOn").textContent;
+    const expected = [loss([...state.off]), loss([])].map((bits) => bits.toFixed(2)).join(" \u2192 ");
+    find("order").value = "worth";
+    find("allOn").click();
+    seen.push(find("allOn").checkVisibility(), state.off.size > 0);
+    return [seen, right, shown, find("finding").textContent, sorted, label.includes(expected),
+            find("order").value]"""
+    seen, right, shown, finding, in_order, labelled, order = browse(page, code, tmp_path)
+    assert seen == [False, True, False, False] and "everything on" not in finding and labelled
+    assert in_order == sorted(in_order, reverse=True)
+    assert order == "place", "what a part is worth has to be found anew"
+    assert [float(text.replace("\u2212", "-")) for text in shown] == pytest.approx(right, abs=0.0051)
+    assert len(shown) == 6 and max(map(abs, right)) > 0.05, "else any numbers would do"
+
+
+@needs_chromium
 def test_habits_are_mean_shares_of_attention(tmp_path):
     model, tokenizer = KINDS["characters"]
     ids = tokenizer.encode("\nthe sea the sea the")
@@ -456,6 +515,16 @@ def test_writing_draws_from_the_distribution_of_the_sliders(tmp_path):
     assert (torch.tensor(counts) / 20000 - expected).abs().max() < 0.015
     assert texts[0] == texts[1] != texts[2] and all(len(text) == 48 for text in texts)
     assert likeliest and 16 <= length <= 32 and chosen == length - 1
+
+
+@needs_chromium
+def test_whatever_token_is_chosen_one_is_appended_at_the_end(tmp_path):
+    model, tokenizer = KINDS["characters"]
+    page = write_page(model, tokenizer, tokenizer.encode("\nThe sea"), tmp_path)
+    code = """choose(2); find("draw").click();
+        return [find("draw").textContent, find("input").value, state.chosen]"""
+    label, text, chosen = browse(page, code, tmp_path)
+    assert "at the end" in label and text[:-1] == "The sea" and chosen == 8
 
 
 @needs_chromium
@@ -557,6 +626,30 @@ def test_the_sliders_do_what_choose_does(explore, tmp_path, script):
 
 
 @needs_chromium
+@pytest.mark.parametrize("given, values", [
+    ({}, [1, 0, 1, 0]),
+    (dict(temperature=0.73, top_k=7, top_p=0.9, min_p=0.05), [0.73, 7, 0.9, 0.05]),
+    (dict(temperature=3, top_k=250), [3, 250, 1, 0]),  # more than the sliders usually have
+    (dict(temperature="inf"), [1e6, 0, 1, 0])], ids=str)  # JSON has no infinity
+def test_the_sliders_begin_with_the_settings_that_were_given(command, tmp_path, given, values):
+    flags = [word for name, value in given.items() for word in (f"--{name}", value)]
+    command("out/bigram.pt", "--explore", "The sea", *flags, "--plot", tmp_path / "x.html")
+    page, _ = read_page(tmp_path / "x.html")
+    code = """const shown = [...find("settings").querySelectorAll("output")];
+        return [Object.values(settings()), shown.map((output) => +output.textContent)]"""
+    assert browse(page, code, tmp_path) == [values, values]
+
+
+@needs_chromium
+def test_of_100_equal_tokens_top_p_keeps_k_for_k_percent(tmp_path):
+    page = write_page(tiny(char_gpt), Numbers(5), [1, 2], tmp_path)
+    code = """return [...Array(99).keys()].map((i) => distribution(
+        Array(100).fill(-Math.log(100)), { temperature: 1, top_k: 0, top_p: (i + 1) / 100, min_p: 0 },
+    ).length)"""
+    assert browse(page, code, tmp_path) == list(range(1, 100))
+
+
+@needs_chromium
 def test_of_50257_tokens_the_sliders_know_those_at_the_end_nearly(tmp_path):
     """The page does not have all scores, but a straight line comes near to what is between."""
     model = tiny(bpe_gpt, vocab_size=50257, std=0.7)
@@ -603,14 +696,14 @@ def test_keys_clicks_and_sliders_lead_through_the_page(explore, tmp_path):
     const nameless = [...document.querySelectorAll("button, input, select, textarea")].filter(
         (control) => !control.labels?.[0]?.textContent && !control.textContent && !control.title);
     choosePart("0.mlp");
-    const shown = getComputedStyle(find("matrix")).display;
+    const shown = find("matrix").checkVisibility();
     find("parts").querySelector("button").click();
     find("order").value = "worth";
     await findWorth();
     const worths = [...find("parts").children].map((button) => state.worth[button.value]);
     return [seen, focus, find("left").textContent, rows, nameless.length, worths, shown]"""
     seen, focus, left, rows, nameless, worths, shown = browse(page, code, tmp_path)
-    assert shown == "none", "an MLP has no attention"
+    assert not shown, "an MLP has no attention"
     assert [row[0] for row in seen] == [row[2] for row in seen] == [7, 6, 6, 6, 0, 0, 0, 0, 2, 2]
     assert [row[3] for row in seen] == [row[0] for row in seen] and {row[1] for row in seen} == {1}
     assert [row[4] for row in seen[4:8]] == ["0.0", "1.0", "1.1", "1.mlp"]
@@ -618,6 +711,27 @@ def test_keys_clicks_and_sliders_lead_through_the_page(explore, tmp_path):
     assert left == f"3 of {len(data['names'])} tokens are left to draw from"
     assert "cut off" not in rows[:3] and set(rows[3:]) == {"cut off"}
     assert nameless == 0 and worths == sorted(worths, reverse=True) and len(worths) == 6
+
+
+@needs_chromium
+@pytest.mark.parametrize("n_head", [2, 8, 12])
+def test_heads_and_mlps_are_in_sight_and_a_layer_begins_a_line(tmp_path, n_head):
+    torch.manual_seed(0)
+    sizes = dict(n_layer=2, n_head=n_head, n_embd=24, vocab_size=5, block_size=8)
+    model = char_gpt.GPT(char_gpt.GPTConfig(**sizes)).eval()
+    page = write_page(model, Numbers(5), [1, 2, 3, 4], tmp_path)
+    code = """return [1200, 390].map((width) => {
+        document.documentElement.style.width = `${width}px`;
+        const frame = find("parts").getBoundingClientRect();
+        const boxes = [...find("parts").children].map((button) => button.getBoundingClientRect());
+        return [frame.width, boxes.map(({ left, right, top }) => [left - frame.left, right - frame.left, top])];
+    })"""
+    for (width, boxes), most in zip(browse(page, code, tmp_path), (9, 6), strict=True):
+        assert len(boxes) == 2 * (n_head + 1)
+        assert all(left >= 0 and right <= width for left, right, _ in boxes)
+        assert boxes[0][0] == boxes[n_head + 1][0] and boxes[0][2] < boxes[n_head + 1][2]
+        lines = {top for _, _, top in boxes}
+        assert len(lines) == 2 * math.ceil((n_head + 1) / most)
 
 
 @needs_chromium
@@ -642,7 +756,7 @@ def test_the_page_shows_the_numbers_that_it_has(explore, tmp_path):
     mean = sum(bits) / len(bits)
     assert f"{mean:.2f} bits per token, {sum(bits):.1f} in all (perplexity {2**mean:.2f})" in found["finding"]
     worst = max(range(len(bits)), key=bits.__getitem__)
-    assert f"surprised at \u201c{names[worst + 1]}\u201d, with {bits[worst]:.1f} bits" in found["finding"]
+    assert f"surprised at \u201c{names[worst + 1]}\u201d: {bits[worst]:.1f} bits" in found["finding"]
     for layer, guess in enumerate(found["guesses"]):
         token = data["lens"]["tokens"][layer][5]
         mark = " \u2713" if token == data["ids"][6] else ""

@@ -89,6 +89,12 @@ def test_temperature_sharpens_and_cuts_keep_the_likeliest():
         assert torch.allclose(chances(logits, **settings), expected, atol=1e-5), settings
 
 
+def test_of_100_equal_tokens_top_p_keeps_k_for_k_percent():
+    """The sum of 50 times 1/100 is 0.5, also where it is rounded to a little less."""
+    kept = [(chances(torch.zeros(100), top_p=k / 100) > 0).sum().item() for k in range(1, 100)]
+    assert kept == list(range(1, 100))
+
+
 def test_scores_in_bfloat16_are_added_up_with_more_precision():
     probs = chances(torch.zeros(4000, dtype=torch.bfloat16), top_p=0.9)
     assert (probs > 0).sum().item() == pytest.approx(3600, abs=2)
