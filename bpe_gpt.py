@@ -174,7 +174,7 @@ class BPETokenizer:
         self.tiktoken = tiktoken.Encoding("bpe", pat_str=WORDS, mergeable_ranks=ranks,
                                           special_tokens={END_OF_TEXT: self.end_of_text})
 
-    def encode(self, text, special=()):  # {END_OF_TEXT}: to find this token, too
+    def encode(self, text, special=(END_OF_TEXT,)):  # (): where this stands, it is only text
         return self.tiktoken.encode(text, allowed_special=set(special), disallowed_special=())
 
     def decode(self, ids):
@@ -928,7 +928,7 @@ def load_tokens(config, tokenizer):
         text = from_first_process(load_text, config.data)
         n = int(0.9 * len(text))
         tokenizer = tokenizer or from_first_process(train_bpe, text[:n], config.vocab_size)
-        parts = [np.array(tokenizer.encode(part, {END_OF_TEXT})) for part in (text[:n], text[n:])]
+        parts = [np.array(tokenizer.encode(part)) for part in (text[:n], text[n:])]
     train_data, val_data = [TextData(tokens, config) for tokens in parts]
     print(f"{len(parts[0]):,} tokens to train on, {len(parts[1]):,} to validate on")
     return train_data, val_data, tokenizer

@@ -4,9 +4,6 @@
     python sample.py gpt2               # from GPT-2, or gpt2-medium, gpt2-large, gpt2-xl
     python sample.py --prompt "ROMEO:" --temperature 0.8 --top_k 20
     python sample.py --interactive      # one prompt after another; Ctrl-D ends
-
-To see what a model does with a text:
-
     python sample.py --probs "To be, or not"      # the probability of each token
     python sample.py --explore "To be, or not"    # a page for the browser that runs the model
     python sample.py --shapes "To be, or not"     # what goes into each module and what comes out
@@ -26,7 +23,6 @@ import itertools
 import json
 import math
 import os
-import signal
 import sys
 from dataclasses import dataclass, fields
 
@@ -43,7 +39,7 @@ from char_gpt import (
 
 @dataclass
 class SampleConfig:
-    prompt: str = ""  # text to continue
+    prompt: str = ""  # text to continue (in bash, $'ROMEO:\\n' has a line break)
     instruct: str = ""  # instruction to answer, for a model that data/instruct.py has trained
     input: str = ""  # what the instruction is about
     interactive: bool = False  # ask for prompts, or instructions
@@ -54,7 +50,7 @@ class SampleConfig:
     top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
     min_p: float = 0.0  # sample from tokens at least this fraction as likely as the likeliest
     beam: int = 0  # instead of sampling, search for the likeliest text, among this many at a time
-    stop: str = ""  # end a text before these characters
+    stop: str = ""  # end a text before these characters (in bash, $'\\n' is a line break)
     ignore_end: bool = False  # continue even after the model's end-of-text token
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 for a large model, if it is fast here
@@ -403,10 +399,10 @@ def parse_flags(Config):
         raise UserError(f"--plot {flags['plot']}: the name of a page must end in .html")
     if "" in [flags[name] for name in looks]:
         raise UserError(f"--{looks[0]} needs a text")
-    for name in ("temperature", "top_k", "top_p", "min_p"):
+    for name in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "num_samples"):
         if not flags.get(name, 0) >= 0:  # nan is neither
             raise UserError(f"--{name} must not be negative")
-        if name in flags and flags.get("beam"):
+        if name in flags and flags.get("beam") and name not in ("max_new_tokens", "num_samples"):
             raise UserError(f"--beam searches for the likeliest text: --{name} has no effect")
     return flags
 
@@ -431,17 +427,16 @@ def main():
     if config.curve:
         return show_curves(names, config.plot)
     model, tokenizer, checkpoint = load_model(names[0])
-    encode = tokenizer.encode
     text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # in training
     before = [tokenizer.tokens.index(text_before.encode())]
     if config.probs:
-        return show_probs(model, tokenizer, before + encode(config.probs))
+        return show_probs(model, tokenizer, before + tokenizer.encode(config.probs))
     if config.explore:
-        ids = before + encode(config.explore.replace("\r\n", "\n").replace("\r", "\n"))
+        ids = before + tokenizer.encode(config.explore.replace("\r\n", "\n").replace("\r", "\n"))
         config.plot = config.plot or "explore.html"
         return explore(model, tokenizer, ids, names[0], checkpoint.get("history"), config)
     if config.shapes:
-        return show_shapes(model, encode(config.shapes))
+        return show_shapes(model, tokenizer.encode(config.shapes))
     templates = checkpoint.get("templates")  # of prompts, if it was trained on instructions
     if config.instruct and not templates:
         raise UserError(f"{names[0]} was not trained on instructions: see data/instruct.py")
@@ -454,13 +449,14 @@ def main():
     print(f"{names[0]} on {device}, {dtype}", file=sys.stderr)
     torch.manual_seed(config.seed)
     for text in typed_lines() if config.interactive else [config.instruct or config.prompt]:
-        prompt = text
-        if config.instruct or (config.interactive and templates):
-            text = templates[config.input != ""].format(instruction=text, input=config.input)
-            prompt = ""  # only the response is shown
         try:
-            idx = torch.tensor([encode(text) or before], device=device)
-            print_texts(model, tokenizer, idx, prompt, config)
+            if config.instruct or (config.interactive and templates):
+                prompt = templates[config.input != ""].format(instruction=text, input=config.input)
+                ids = tokenizer.encode(prompt, special=())
+                text = ""  # only the response is shown
+            else:
+                ids = tokenizer.encode(text) or before
+            print_texts(model, tokenizer, torch.tensor([ids], device=device), text, config)
         except UserError as error:  # a character that the model never saw
             if not config.interactive:
                 raise
@@ -468,12 +464,12 @@ def main():
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python sample.py | head` ends quietly
     try:
         main()
     except KeyboardInterrupt:
         print()
+    except BrokenPipeError:  # `python sample.py | head` ends quietly
+        os._exit(0)
     except (OSError, UserError, bpe_gpt.UserError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:

@@ -41,7 +41,7 @@ def main():
         _, tokens = bpe_gpt.read_folder(args.data, tokenizer)
     else:
         text = bpe_gpt.load_text(args.data)
-        tokens = np.array(tokenizer.encode(text, {bpe_gpt.END_OF_TEXT}))
+        tokens = np.array(tokenizer.encode(text))
     data = bpe_gpt.TextData(tokens, config)
     data.max_evaluated = len(tokens) + 1  # all
     device = bpe_gpt.pick_device(args.device)

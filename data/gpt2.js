@@ -13,10 +13,13 @@ const words = new RegExp((data.words ?? "[^]").replaceAll("\\s", "\\p{White_Spac
   .replaceAll("\\S", "\\P{White_Space}"), "gu"); // JavaScript's \s has other characters
 
 function encode(text) {
-  return (text.match(words) ?? []).flatMap((word) => {
-    const bytes = toBytes(word);
-    if (data.words) return encodeWord(bytes);
-    return ranks.has(bytes) ? [ranks.get(bytes)] : []; // a character that the model never saw
+  const end = "<|endoftext|>"; // in a text, it is the end-of-text token
+  const parts = data.words ? text.split(/(<\|endoftext\|>)/) : [text]; // it is a part, too
+  const pieces = parts.flatMap((part) => part === end ? [part] : part.match(words) ?? []);
+  return pieces.flatMap((piece) => {
+    const bytes = toBytes(piece);
+    if (ranks.has(bytes)) return [ranks.get(bytes)];
+    return data.words ? encodeWord(bytes) : []; // no token: a character that it never saw
   });
 }
 

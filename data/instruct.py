@@ -60,8 +60,8 @@ def make_prompt(record):
 
 def encode_record(record, tokenizer):
     """Inputs x and targets y of a record, both (T,)."""
-    prompt = tokenizer.encode(make_prompt(record))
-    response = tokenizer.encode(record["output"]) + [tokenizer.end_of_text]
+    prompt = tokenizer.encode(make_prompt(record), special=())
+    response = tokenizer.encode(record["output"], special=()) + [tokenizer.end_of_text]
     tokens = torch.tensor(prompt + response)
     y = tokens[1:].clone()
     # Targets are one token ahead: the last token of the prompt already has to predict the response.

@@ -978,7 +978,7 @@ class Bytes:
     """A tokenizer whose tokens are single bytes."""
     end_of_text = 256
 
-    def encode(self, text):
+    def encode(self, text, special=()):
         return list(text.encode())
 
 
