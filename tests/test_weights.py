@@ -336,6 +336,7 @@ SETTINGS = {
     "a numbered token": (
         "tokenizer_config.json", {"added_tokens_decoder": {"300": {"content": "<x>"}}}, "'<x>'"),
     "an added token": ("added_tokens.json", {"<x>": 300}, "token '<x>'"),
+    "a token that texts are cut at": ("added_tokens.json", {"a": 97}, "token 'a'"),
     "another number": ("added_tokens.json", {"<|endoftext|>": 300}, "gaps"),
 }
 
@@ -354,7 +355,7 @@ def test_settings_that_change_the_tokens_of_a_text_are_refused(checkpoint, token
 
 def test_settings_as_transformers_4_wrote_them_are_accepted(tmp_path, tokenizer):
     hugging_face.write_vocabulary(tokenizer, tmp_path)
-    end = {"content": "<|endoftext|>", "lstrip": False, "normalized": True, "rstrip": False}
+    end = {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False, "rstrip": False}
     settings = {
         "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": {"299": end},
         "bos_token": end, "eos_token": "<|endoftext|>", "pad_token": None, "errors": "replace",
@@ -541,15 +542,18 @@ def test_the_single_bytes_may_have_any_numbers(tmp_path, tokenizer):
     assert hugging_face.read_vocabulary(tmp_path) == tokens
 
 
-def test_tokens_with_letters_that_stand_for_no_byte_are_refused(tmp_path, tokenizer):
-    """A space in a file would be a second name of the byte whose letter is \u0120."""
-    for letter in (" ", "\u4e2d"):
-        content = tokenizer_json(tokenizer)
-        content["added_tokens"][0]["id"] = 300
-        content["model"]["vocab"][letter] = 299
-        (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-        with pytest.raises(ValueError, match="letters that do not stand for bytes"):
-            hugging_face.read_vocabulary(tmp_path)
+@pytest.mark.parametrize("word, clue", [
+    (" ", "letters that do not stand for bytes"),  # the letter of a space is \u0120
+    ("\u4e2d", "letters that do not stand for bytes"),
+    ("", "the token '' is not made of two tokens"),
+])
+def test_tokens_that_stand_for_no_bytes_are_refused(tmp_path, tokenizer, word, clue):
+    content = tokenizer_json(tokenizer)
+    content["added_tokens"][0]["id"] = 300
+    content["model"]["vocab"][word] = 299
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=clue):
+        hugging_face.read_vocabulary(tmp_path)
 
 
 def test_a_vocabulary_whose_tokens_do_not_come_from_each_other_is_not_exported(tmp_path, tokenizer):
