@@ -295,8 +295,8 @@ def words_of(tokens):
 def merges_of(tokens):
     """The two parts of each token that is not a single byte, as a line of merges.txt. They have to
     be found again: with the tokens before it alone, the token is encoded as its two parts. Then it
-    is made of these in longer words, too: until a merge crosses the ends of a stretch of bytes, it
-    is merged as if it stood alone."""
+    never comes from another pair, not even in a longer word: as long as no merge crosses the ends
+    of a stretch of bytes, the stretch is merged as if it stood alone."""
     merges = []
     words = words_of(tokens)
     ranks = {token: i for i, token in enumerate(tokens) if len(token) == 1}

@@ -376,7 +376,7 @@ def test_a_vocabulary_that_is_not_understood_is_not_taken_for_none(folder, name)
         hugging_face.read_folder(folder)
 
 
-def test_a_vocabulary_in_another_format_is_refused_beside_one_that_is_understood(tmp_path, tokenizer):
+def test_a_vocabulary_in_another_format_is_refused_beside_one_that_is_read(tmp_path, tokenizer):
     """Which of them is the model's?"""
     hugging_face.write_vocabulary(tokenizer, tmp_path)
     (tmp_path / "vocab.txt").write_text("the")
@@ -388,14 +388,16 @@ def test_the_other_files_of_published_models_are_no_vocabulary(tmp_path, tokeniz
     hugging_face.write_vocabulary(tokenizer, tmp_path)
     (tmp_path / "onnx").mkdir()
     for name in (
-            "README.md", ".gitattributes", "64-8bits.tflite", "coreml_model.mlmodel", "flax_model.msgpack",
-            "generation_config.json", "pytorch_model.bin", "rust_model.ot", "tf_model.h5", "bpe_gpt.pt"):
+            "README.md", ".gitattributes", "64-8bits.tflite", "coreml_model.mlmodel", "bpe_gpt.pt",
+            "flax_model.msgpack", "generation_config.json", "pytorch_model.bin", "rust_model.ot",
+            "tf_model.h5"):
         (tmp_path / name).touch()
     assert hugging_face.read_vocabulary(tmp_path) == vocabulary(tokenizer)
 
 
 @needs_gpt2_tokenizer
-@pytest.mark.parametrize("n_rows, fits", [(50257, True), (50304, True), (50256, False), (60000, False)])
+@pytest.mark.parametrize(
+    "n_rows, fits", [(50257, True), (50304, True), (50256, False), (60000, False)])
 def test_gpt2s_vocabulary_takes_the_place_of_none_if_the_size_is_right(tmp_path, n_rows, fits):
     sizes = dict(n_layer=1, n_head=1, n_embd=1, vocab_size=n_rows, block_size=4)
     hugging_face.export(GPT(GPTConfig(**sizes)), bpe_gpt.train_bpe("", 257), tmp_path / "model")
@@ -470,9 +472,10 @@ def split_by_merges(word, merges):
     parts = list(word)
     while True:
         pairs = [f"{a} {b}" for a, b in zip(parts, parts[1:])]
-        best = min(pairs, key=lambda pair: merges.index(pair) if pair in merges else 999, default="")
-        if best not in merges:
+        listed = [pair for pair in merges if pair in pairs]
+        if not listed:
             return parts
+        best = listed[0]
         i = pairs.index(best)
         parts[i : i + 2] = [best.replace(" ", "")]
 
