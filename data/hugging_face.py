@@ -14,8 +14,10 @@ Those are refused: to compute something else without a word would be worse.
 # ///
 
 import argparse
+import itertools
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -27,12 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bpe_gpt
 from bpe_gpt import UserError
 
-# Settings in config.json that change what a GPT-2 computes. Only these values are supported. Of the
-# other settings, the sizes are read, and the rest changes nothing here (dropout, for example).
+# Settings in config.json that change what a GPT-2 computes. Only these values are supported. (The
+# last four are other names of sizes.) Of the rest, only the sizes matter here; dropout does not.
 SUPPORTED = dict(
     model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
     scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
-    tie_word_embeddings=True, quantization_config=None)
+    is_causal=True, tie_word_embeddings=True, quantization_config=None, hidden_size=None,
+    num_hidden_layers=None, num_attention_heads=None, max_position_embeddings=None)
 
 # In vocab.json, a byte is its own character or, if that cannot be printed, one from number 256 on.
 # A space is "Ġ".
@@ -40,6 +43,11 @@ PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 LETTER = dict(zip(PRINTABLE + OTHERS, PRINTABLE + list(range(256, 512))))
 BYTE = {letter: byte for byte, letter in LETTER.items()}
+
+# The files of a tokenizer that are read here. Others with such names may be a vocabulary, too.
+TOKENIZER_FILES = {"vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+                   "added_tokens.json", "special_tokens_map.json"}
+OTHER_FILES = r"vocab|merges|token|encoder|spiece|sentencepiece|^(bpe|dict)\.|\.(model|spm)$"
 
 # ---- Reading ------------------------------------------------------------------------------------
 
@@ -55,15 +63,31 @@ def read_folder(folder):
     """The model in a folder, as a checkpoint of bpe_gpt.py. vocab is a list of tokens, as bytes, or
     None if the folder has no vocabulary. Raises UserError, as above."""
     try:
-        sizes = read_config(Path(folder) / "config.json")
+        config = read_json(Path(folder) / "config.json")
+        sizes = read_sizes(config)
         tokens = read_vocabulary(Path(folder))
+        text_before = config.get("text_before", bpe_gpt.END_OF_TEXT)  # written by export()
+        check_text_before(text_before, tokens or [b"\n", bpe_gpt.END_OF_TEXT.encode()])
         state = read_weights(Path(folder) / "model.safetensors", sizes, tokens)
-    except (OSError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         reason = " ".join(str(error).split())  # on one line
-        raise UserError(f"cannot load {folder}: {type(error).__name__}: {reason:.300}") from None
+        raise UserError(f"cannot load {folder}: {kind}{reason:.300}") from None
     sizes["vocab_size"] = len(state["transformer.wte.weight"])
-    return dict(written_by="bpe_gpt", config=sizes, vocab=tokens, text_before=bpe_gpt.END_OF_TEXT,
+    return dict(written_by="bpe_gpt", config=sizes, vocab=tokens, text_before=text_before,
                 history=[], model=state)
+
+
+def read_json(path):
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (TypeError, ValueError):
+        raise UserError(f"{path.name} is not a JSON object") from None
+
+
+def check_text_before(text, tokens):
+    if not isinstance(text, str) or text.encode() not in tokens:
+        raise UserError(f"text_before is {text!r}, which is not a token of the vocabulary")
 
 
 def read_weights(path, sizes, tokens):
@@ -73,6 +97,8 @@ def read_weights(path, sizes, tokens):
                         "this one by model.save_pretrained(folder, max_shard_size='100GB')")
     header, body = read_header(path)
     check_tensors(header, body)
+    if sizes["n_layer"] > len(header):  # to build so many blocks could take forever
+        raise UserError(f"n_layer is {sizes['n_layer']}, but there are only {len(header)} tensors")
     state = bpe_gpt.read_safetensors(path)
     with torch.device("meta"):
         model = bpe_gpt.GPT(bpe_gpt.GPTConfig(**sizes))
@@ -85,7 +111,9 @@ def read_weights(path, sizes, tokens):
         if not state[name].isfinite().all():
             raise UserError(f"{name} has numbers that are infinite or NaN")
     wte = state["transformer.wte.weight"]
-    n_tokens = min(len(wte), 50257) if tokens is None else len(tokens)
+    n_tokens = len(wte) if tokens is None else len(tokens)
+    if tokens is None and len(wte) in range(50257, 50257 + 128):
+        n_tokens = 50257  # GPT-2's vocabulary, whose matrix nanoGPT makes 50,304 rows long
     if n_tokens > len(wte):
         raise UserError(f"there are {len(wte)} embeddings for {n_tokens} tokens")
     # Some models have rows without a token, to make the matrix a rounder size: they are left out.
@@ -93,29 +121,40 @@ def read_weights(path, sizes, tokens):
     return state
 
 
-def read_config(path):
-    config = json.loads(path.read_text(encoding="utf-8"))
+def read_sizes(config):
+    """The sizes in config.json, by our names, once it is clear that it means a GPT-2 like ours."""
     for name, value in SUPPORTED.items():
         if config.get(name, value) != value:
             raise UserError(f"{name} is {config[name]}; only {value} is supported")
-    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
+    check_settings(config, "config.json")  # an old one may say something about the tokenizer
+    names = dict(zip(bpe_gpt.SIZE_NAMES, bpe_gpt.SIZE_NAMES)) | {"block_size": "n_positions"}
+    sizes = {ours: config.get(name) for ours, name in names.items()}
+    for ours, size in sizes.items():
+        if type(size) is not int or size < 1:  # not isinstance(), for which True is an int
+            raise UserError(f"{names[ours]} is {json.dumps(size)}, not a whole number above zero")
+    if sizes["n_embd"] % sizes["n_head"] != 0:
+        raise UserError(f"n_head {sizes['n_head']} does not divide n_embd {sizes['n_embd']}")
+    if config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
         raise UserError(f"n_inner is {config['n_inner']}; only 4 * n_embd is supported")
-    names = dict.fromkeys(bpe_gpt.SIZE_NAMES) | {"block_size": "n_positions"}
-    return {name: config[theirs or name] for name, theirs in names.items()}
+    return sizes
 
 
 def read_header(path):
     """The entries of a safetensors file by name, and its numbers as bytes."""
-    def no_name_twice(pairs):
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            raise UserError("a tensor is in the file twice")
-        return dict(pairs)
-
-    data = np.memmap(path, np.uint8, mode="r")
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(data[8:start].tobytes(), object_pairs_hook=no_name_twice)
-    header.pop("__metadata__", None)
+    try:
+        data = np.memmap(path, np.uint8, mode="r")  # an error if the file is empty
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        text = data[8 : min(start, 10**8)].tobytes()
+        pairs = json.loads(text, object_pairs_hook=list)  # in a dict, each name would be there once
+        header = {name: dict(entry) for name, entry in pairs if name != "__metadata__"}
+    except (TypeError, ValueError):
+        reason = "no safetensors file, or its beginning is damaged"
+        if path.stat().st_size < 1000 and b"git-lfs" in path.read_bytes():
+            reason = "a pointer of git LFS, not the weights: run git lfs pull"
+        raise UserError(f"{path.name} is {reason}") from None
+    names = [name.removeprefix("transformer.") for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise UserError("a tensor is in the file twice")
     return header, data[start:]
 
 
@@ -140,55 +179,79 @@ def check_tensors(header, body):
 
     def numbers(name):
         first, last = header[name]["data_offsets"]
-        return bytes(body[first:last])
+        return bytearray(body[first:last])
 
+    wte = "transformer.wte.weight" if "transformer.wte.weight" in header else "wte.weight"
+    kinds = bpe_gpt.DTYPES | {"U8": torch.uint8, "BOOL": torch.bool}
     for name, entry in header.items():
-        if name.endswith(".attn.bias") and entry["dtype"] in ("U8", "BOOL", "F32"):
-            kind = {"U8": np.uint8, "BOOL": np.bool_, "F32": np.float32}[entry["dtype"]]
-            mask = np.frombuffer(numbers(name), kind).reshape(entry["shape"])
-            if not np.array_equal(mask, np.tril(np.ones(entry["shape"], kind))):
+        if name.endswith(".attn.bias") and entry["dtype"] in kinds:
+            mask = torch.frombuffer(numbers(name), dtype=kinds[entry["dtype"]]).view(entry["shape"])
+            if not torch.equal(mask, torch.ones_like(mask).tril()):
                 raise UserError(f"{name} is not the causal mask")
-    if "lm_head.weight" in header:
-        wte = "transformer.wte.weight" if "transformer.wte.weight" in header else "wte.weight"
-        if numbers("lm_head.weight") != numbers(wte):
+        if name.endswith("lm_head.weight") and numbers(name) != numbers(wte):
             raise UserError("lm_head.weight is not equal to wte.weight; they must be tied")
 
 
 def read_vocabulary(folder):
-    """The tokens as bytes, by their numbers. bpe_gpt.py splits a text into words by GPT-2's rule,
-    and takes the order of merges from the numbers of tokens: both must be so here, too."""
-    vocab = folder / "vocab.json"
-    tokenizer = folder / "tokenizer.json"
-    settings = folder / "tokenizer_config.json"
-    if settings.exists():
-        if json.loads(settings.read_text(encoding="utf-8")).get("add_prefix_space"):
-            raise UserError("add_prefix_space in tokenizer_config.json is not supported")
-    added = {}
-    if tokenizer.exists():
-        content = json.loads(tokenizer.read_text(encoding="utf-8"))
+    """The tokens as bytes, by their numbers, or None if there is no file of a tokenizer. Texts must
+    be split into words as in bpe_gpt.py, and the tokens must imply the merges: see merges_of()."""
+    names = {path.name for path in folder.iterdir()}
+    for name in sorted(names - TOKENIZER_FILES):
+        if re.search(OTHER_FILES, name, re.IGNORECASE):
+            raise UserError(f"{name} may be a vocabulary in another format, which is not "
+                            "supported. If the model does not need it, move it out of the folder")
+    names &= TOKENIZER_FILES
+    if not names:
+        return None
+    files = {name: read_json(folder / name) for name in names - {"merges.txt"}}
+    added = files.get("added_tokens.json", {})
+    if "tokenizer.json" in names:
+        content = files["tokenizer.json"]
         check_tokenizer(content)
         numbers = content["model"]["vocab"]
         merges = content["model"]["merges"]
-        added = {token["content"]: token["id"] for token in content["added_tokens"]}
-    elif vocab.exists():
-        numbers = json.loads(vocab.read_text(encoding="utf-8"))
+        check_special_tokens(content["added_tokens"])
+        added |= {token["content"]: token["id"] for token in content["added_tokens"]}
+    elif {"vocab.json", "merges.txt"} <= names:
+        numbers = files["vocab.json"]
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         merges = [line for line in lines if line and not line.startswith("#version")]
     else:
-        return None
-    if (folder / "added_tokens.json").exists():
-        added |= json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
-    for token in added:
-        if token != bpe_gpt.END_OF_TEXT:
-            raise UserError(f"the added token {token!r} is not supported")
+        raise UserError(f"{min(names)}, but neither tokenizer.json nor vocab.json with merges.txt")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        check_settings(files.get(name, {}), name)
+    check_special_tokens(list(added))
     numbers = numbers | added
-    if sorted(numbers.values()) != list(range(len(numbers))):
+    if set(numbers.values()) != set(range(len(numbers))):
         raise UserError("the numbers of the tokens have gaps, or are used twice")
-    words = sorted(numbers, key=numbers.get)
     if bpe_gpt.END_OF_TEXT not in numbers:
         raise UserError(f"there is no token {bpe_gpt.END_OF_TEXT}")
-    check_merges(merges, numbers)
-    return [word.translate(BYTE).encode("latin-1") for word in words]
+    return check_merges(merges, sorted(numbers, key=numbers.get))
+
+
+def check_settings(settings, name):
+    """Settings of transformers that change the tokens of a text are not supported."""
+    kind = settings.get("tokenizer_class") or "GPT2Tokenizer"
+    if not re.match("GPT2Tokenizer|PreTrainedTokenizerFast|TokenizersBackend", kind):
+        raise UserError(f"tokenizer_class {kind} in {name} is not supported")
+    for setting, value in settings.items():
+        if setting in ("add_prefix_space", "add_bos_token", "add_eos_token") and value:
+            raise UserError(f"{setting} in {name} is not supported")
+        if setting.endswith(("_token", "_tokens", "_tokens_decoder")):
+            check_special_tokens(value)
+
+
+def check_special_tokens(value):
+    """value: a token, as a string or as an object with settings, or several of these."""
+    if isinstance(value, str) and value != bpe_gpt.END_OF_TEXT:
+        raise UserError(f"the added token {value!r} is not supported")
+    if isinstance(value, dict):
+        if value.get("lstrip") or value.get("rstrip") or value.get("single_word"):
+            raise UserError("a token that changes the text around it is not supported")
+        value = [value["content"]] if "content" in value else list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            check_special_tokens(part)
 
 
 def check_tokenizer(content):
@@ -201,44 +264,69 @@ def check_tokenizer(content):
                       end_of_word_suffix="", byte_fallback=False),
     }
     for part, settings in expected.items():
-        found = content[part]
-        if found is None:
-            raise UserError(f"tokenizer.json has no {part}")
+        found = content[part] or {"type": None}
         for name, value in settings.items():
             if (found.get(name, value) or None) != (value or None):  # "" and null are the same
                 raise UserError(f"{part}.{name} in tokenizer.json is {found[name]!r}; only "
-                                 f"{value!r} is supported")
+                                f"{value!r} is supported")
+    if re.search("SpecialToken|Bert|Roberta", json.dumps(content.get("post_processor"))):
+        raise UserError("post_processor in tokenizer.json adds tokens, which is not supported")
 
 
-def check_merges(merges, numbers):
-    """Each token but the single bytes must come from a merge, in the order of the numbers."""
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    made = ["".join(pair) for pair in pairs]
-    bytes_ = {chr(letter) for letter in LETTER.values()}
-    if missing := bytes_ - numbers.keys():
-        raise UserError(f"{len(missing)} of the 256 single bytes are no tokens")
-    if set(made) != numbers.keys() - bytes_ - {bpe_gpt.END_OF_TEXT}:
-        raise UserError("the merges do not make the tokens of the vocabulary")
-    order = [numbers[word] for word in made]
-    if order != sorted(order):
-        raise UserError("the numbers of the tokens are not in the order of the merges")
+def check_merges(merges, words):
+    """Returns the tokens as bytes. The merges must be those that bpe_gpt.py makes."""
+    tokens = [word.translate(BYTE).encode("latin-1", "replace") for word in words]
+    if words_of(tokens) != words:
+        raise UserError("some of the tokens have letters that do not stand for bytes")
+    if n_missing := 256 - sum(len(token) == 1 for token in tokens):
+        raise UserError(f"{n_missing} of the 256 single bytes are no tokens")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    for theirs, ours in itertools.zip_longest(merges, merges_of(tokens), fillvalue="nothing"):
+        if theirs != ours:
+            raise UserError(f"among the merges, {theirs!r} stands where the tokens imply {ours!r}")
+    return tokens
+
+
+def words_of(tokens):
+    """The tokens as strings of printable characters."""
+    return [token.decode("latin-1").translate(LETTER) for token in tokens]
+
+
+def merges_of(tokens):
+    """The two parts of each token that is not a single byte, as a line of merges.txt. They have to
+    be found again: with the tokens before it alone, the token is encoded as its two parts. Then it
+    never comes from another pair, not even in a longer word: as long as no merge crosses the ends
+    of a stretch of bytes, the stretch is merged as if it stood alone."""
+    merges = []
+    words = words_of(tokens)
+    ranks = {token: i for i, token in enumerate(tokens) if len(token) == 1}
+    for i, token in enumerate(tokens):
+        if len(token) != 1 and token != bpe_gpt.END_OF_TEXT.encode():
+            parts = bpe_gpt.encode_word(token, ranks)
+            if len(parts) != 2:
+                raise UserError(f"the token {words[i]!r} is not made of two tokens before it")
+            merges.append(f"{words[parts[0]]} {words[parts[1]]}")
+            ranks[token] = i
+    return merges
 
 # ---- Writing ------------------------------------------------------------------------------------
 
-def export(model, tokenizer, folder):
-    """Write a GPT and its tokenizer to the folder. Raises UserError if something is in it: other
-    files, such as an older vocabulary, might be taken for parts of this model."""
+def export(model, tokenizer, folder, text_before=bpe_gpt.END_OF_TEXT):
+    """Write a GPT, its tokenizer and what came before each text in training to the folder. Raises
+    UserError if something is in it: other files, such as an older vocabulary, might be taken for
+    parts of this model."""
     folder = Path(folder)
     C, T = model.config.n_embd, model.config.block_size
     n_params = model.config.n_layer * (12 * C**2 + 13 * C) + (model.config.vocab_size + T + 2) * C
     if sum(p.numel() for p in model.parameters()) != n_params:
         raise UserError("this model is not built like GPT-2, and cannot be written as one")
+    check_text_before(text_before, tokenizer.tokens)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(model, folder / "model.safetensors")
-    write_config(model, tokenizer, folder / "config.json")
     write_vocabulary(tokenizer, folder)
+    write_weights(model, folder / "model.safetensors")
+    write_config(model, tokenizer, text_before, folder / "config.json")
 
 
 def write_weights(model, path):
@@ -246,7 +334,7 @@ def write_weights(model, path):
     arrays = []
     end = 0
     for name, p in model.named_parameters():  # each once: lm_head is wte
-        array = p.detach().numpy()
+        array = p.detach().float().cpu().numpy()
         if name.endswith(bpe_gpt.TRANSPOSED):
             array = np.ascontiguousarray(array.T)
         arrays.append(array)
@@ -261,32 +349,19 @@ def write_weights(model, path):
         file.writelines(arrays)
 
 
-def write_config(model, tokenizer, path):
+def write_config(model, tokenizer, text_before, path):
     config = {name: getattr(model.config, name) for name in bpe_gpt.SIZE_NAMES}
     config["n_positions"] = config.pop("block_size")
     config |= {name: value for name, value in SUPPORTED.items() if value is not None}
     config |= dict(n_inner=None, bos_token_id=tokenizer.end_of_text,
-                   eos_token_id=tokenizer.end_of_text)
+                   eos_token_id=tokenizer.end_of_text, text_before=text_before)
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def words_of(tokenizer):
-    """The tokens as strings of printable characters, in the order of their numbers."""
-    return [token.decode("latin-1").translate(LETTER) for token in tokenizer.tokens]
-
-
 def write_vocabulary(tokenizer, folder):
-    """vocab.json has the number of each token, merges.txt the two parts of each merge. These have
-    to be found again: with the tokens before it alone, a token is encoded as its two parts."""
-    words = words_of(tokenizer)
-    numbers = {word: i for i, word in enumerate(words)}
-    merges = ["#version: 0.2"]
-    ranks = {}
-    for i, token in enumerate(tokenizer.tokens):
-        if len(token) > 1 and i != tokenizer.end_of_text:
-            a, b = bpe_gpt.encode_word(token, ranks)
-            merges.append(f"{words[a]} {words[b]}")
-        ranks[token] = i
+    """vocab.json has the number of each token, merges.txt the two parts of each merge."""
+    numbers = {word: i for i, word in enumerate(words_of(tokenizer.tokens))}
+    merges = ["#version: 0.2", *merges_of(tokenizer.tokens)]
     (folder / "vocab.json").write_text(json.dumps(numbers), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
 
@@ -301,16 +376,19 @@ def main():
         if not args.target.endswith(".pt"):
             raise UserError(f"{args.target}: the name of a checkpoint must end in .pt")
         checkpoint = read_folder(args.source)
-        checkpoint["vocab"] = checkpoint["vocab"] or bpe_gpt.gpt2_tokenizer().tokens
-        if len(checkpoint["vocab"]) != checkpoint["config"]["vocab_size"]:
-            raise UserError(f"{args.source} has no vocab.json, and is not for GPT-2's vocabulary")
+        if checkpoint["vocab"] is None:
+            if checkpoint["config"]["vocab_size"] != 50257:
+                raise UserError(f"{args.source} has no vocabulary, and its size is not GPT-2's")
+            checkpoint["vocab"] = bpe_gpt.gpt2_tokenizer().tokens
+            print(f"{args.source} has no vocabulary: GPT-2's is used")
         Path(args.target).parent.mkdir(parents=True, exist_ok=True)
         with bpe_gpt.replacing(args.target) as file:
             torch.save(checkpoint, file)
     else:
         checkpoint = bpe_gpt.load_pretrained(args.source)
         tokenizer = bpe_gpt.BPETokenizer(checkpoint["vocab"])
-        export(bpe_gpt.GPT.from_pretrained(args.source), tokenizer, args.target)
+        model = bpe_gpt.GPT.from_pretrained(args.source)
+        export(model, tokenizer, args.target, checkpoint["text_before"])
     print(f"saved {args.target}")
 
 

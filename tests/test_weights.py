@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import random
 import re
 import shutil
 import struct
@@ -108,6 +109,7 @@ def test_a_checkpoint_is_exported_by_the_command_line(checkpoint, tokenizer):
     for name in ("x.pt", "again.pt"):
         assert torch.equal(logits(GPT.from_pretrained(path.parent / name)), logits(model))
         assert bpe_gpt.load_pretrained(path.parent / name)["vocab"] == vocabulary(tokenizer)
+        assert bpe_gpt.load_pretrained(path.parent / name)["text_before"] == "\n"
 
 
 def test_a_model_that_is_not_built_like_gpt2_is_not_exported(tmp_path, tokenizer):
@@ -223,7 +225,7 @@ def test_transformers_opens_an_exported_folder_and_says_the_same(tmp_path, token
 
 def tokenizer_json(tokenizer):
     """What transformers 5 writes."""
-    words = hugging_face.words_of(tokenizer)
+    words = hugging_face.words_of(tokenizer.tokens)
     vocab = {word: i for i, word in enumerate(words)}
     end = {"id": vocab.pop("<|endoftext|>"), "content": "<|endoftext|>", "special": True}
     model = {"type": "BPE", "dropout": None, "continuing_subword_prefix": "",
@@ -260,6 +262,14 @@ def swap_merges(content):
     merges[3], merges[4] = merges[4], merges[3]
 
 
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+BEGIN = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+
+
+def template(*parts):
+    return {"type": "TemplateProcessing", "single": parts, "pair": parts, "special_tokens": {}}
+
+
 FOREIGN = {
     "an added token": (lambda c: c["added_tokens"].append({"id": 300, "content": "<|user|>"}),
                        "added token '<|user|>'"),
@@ -271,11 +281,21 @@ FOREIGN = {
     "another kind of model": (change("model", "type", to="Unigram"), "model.type"),
     "dropped merges": (change("model", "dropout", to=0.1), "model.dropout"),
     "endings of words": (change("model", "end_of_word_suffix", to="</w>"), "end_of_word_suffix"),
-    "merges in another order": (swap_merges, "order of the merges"),
-    "a merge too few": (lambda c: c["model"]["merges"].pop(), "do not make the tokens"),
+    "merges in another order": (swap_merges, "where the tokens imply"),
+    "a merge too few": (lambda c: c["model"]["merges"].pop(), "'nothing' stands where"),
     "a byte that is no token": (lambda c: c["model"]["vocab"].pop("\u0120"), "gaps"),
     "two tokens with a number": (change("model", "vocab", "a", to=5), "used twice"),
     "no end of text": (change("added_tokens", to=[]), "no token <|endoftext|>"),
+    "a token at the beginning": (change("post_processor", to=template(BEGIN, TEXT)), "adds tokens"),
+    "a token at the end": (
+        change("post_processor", to={"type": "RobertaProcessing", "sep": ["<|endoftext|>", 299]}),
+        "adds tokens"),
+    "a token among several rules": (
+        change("post_processor", to={"type": "Sequence", "processors": [template(TEXT, BEGIN)]}),
+        "adds tokens"),
+    "a token that takes the space before it": (
+        change("added_tokens", 0, "lstrip", to=True), "changes the text around it"),
+    "numbers that are words": (change("model", "vocab", "a", to="5"), "gaps"),
 }
 
 
@@ -289,9 +309,114 @@ def test_a_vocabulary_that_would_give_other_tokens_is_refused(tmp_path, tokenize
         hugging_face.read_vocabulary(tmp_path)
 
 
+@pytest.mark.parametrize("name, value", [
+    ("post_processor", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}),
+    ("post_processor", template(TEXT)),
+    ("truncation", {"max_length": 4}),
+    ("padding", {"pad_token": "<|endoftext|>"}),
+])
+def test_what_leaves_the_tokens_of_a_text_as_they_are_is_accepted(tmp_path, tokenizer, name, value):
+    content = tokenizer_json(tokenizer) | {name: value}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert hugging_face.read_vocabulary(tmp_path) == vocabulary(tokenizer)
+
+
+SETTINGS = {
+    "a token at the beginning": ("tokenizer_config.json", {"add_bos_token": True}, "add_bos_token"),
+    "a token at the end": ("tokenizer_config.json", {"add_eos_token": True}, "add_eos_token"),
+    "a prefix space": ("tokenizer_config.json", {"add_prefix_space": True}, "add_prefix_space"),
+    "another kind": ("tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"}, "Qwen2"),
+    "another kind for the model": ("config.json", {"tokenizer_class": "BertTokenizer"}, "Bert"),
+    "a token for padding": ("tokenizer_config.json", {"pad_token": "[PAD]"}, "token '[PAD]'"),
+    "a word as a special token": ("special_tokens_map.json", {"pad_token": "the"}, "token 'the'"),
+    "a special token as an object": (
+        "special_tokens_map.json", {"pad_token": {"content": "!"}}, "token '!'"),
+    "more special tokens": (
+        "special_tokens_map.json", {"additional_special_tokens": ["<x>"]}, "token '<x>'"),
+    "a numbered token": (
+        "tokenizer_config.json", {"added_tokens_decoder": {"300": {"content": "<x>"}}}, "'<x>'"),
+    "an added token": ("added_tokens.json", {"<x>": 300}, "token '<x>'"),
+    "a token that texts are cut at": ("added_tokens.json", {"a": 97}, "token 'a'"),
+    "another number": ("added_tokens.json", {"<|endoftext|>": 300}, "gaps"),
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_settings_that_change_the_tokens_of_a_text_are_refused(checkpoint, tokenizer, what):
+    path, model = checkpoint
+    name, settings, clue = SETTINGS[what]
+    file = path.parent / "model" / name
+    hugging_face.export(model, tokenizer, file.parent)
+    before = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(before | settings))
+    with pytest.raises(ValueError, match=f"^cannot load .*model: .*{re.escape(clue)}"):
+        hugging_face.read_folder(file.parent)
+
+
+def test_settings_as_transformers_4_wrote_them_are_accepted(tmp_path, tokenizer):
+    hugging_face.write_vocabulary(tokenizer, tmp_path)
+    end = {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False, "rstrip": False}
+    settings = {
+        "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": {"299": end},
+        "bos_token": end, "eos_token": "<|endoftext|>", "pad_token": None, "errors": "replace",
+        "model_max_length": 1024, "split_special_tokens": False, "tokenizer_class": "GPT2Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": end}))
+    assert hugging_face.read_vocabulary(tmp_path) == vocabulary(tokenizer)
+
+
+@pytest.mark.parametrize("name", [
+    "encoder.model", "spiece.model", "vocab.txt", "tokenizer.model", "vocab.bpe", "encoder.json",
+    "gpt2-vocab.json", "sentencepiece.bpe", "Tokenizer", "source.spm", "bpe.codes", "dict.txt",
+    "merges.txt", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"])
+def test_a_vocabulary_that_is_not_understood_is_not_taken_for_none(folder, name):
+    """Nor is a part of one."""
+    (folder / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"^cannot load .*model: {re.escape(name)}"):
+        hugging_face.read_folder(folder)
+
+
+def test_a_vocabulary_in_another_format_is_refused_beside_one_that_is_read(tmp_path, tokenizer):
+    """Which of them is the model's?"""
+    hugging_face.write_vocabulary(tokenizer, tmp_path)
+    (tmp_path / "vocab.txt").write_text("the")
+    with pytest.raises(ValueError, match="vocab.txt may be a vocabulary in another format"):
+        hugging_face.read_vocabulary(tmp_path)
+
+
+def test_the_other_files_of_published_models_are_no_vocabulary(tmp_path, tokenizer):
+    hugging_face.write_vocabulary(tokenizer, tmp_path)
+    (tmp_path / "onnx").mkdir()
+    for name in (
+            "README.md", ".gitattributes", "64-8bits.tflite", "coreml_model.mlmodel", "bpe_gpt.pt",
+            "flax_model.msgpack", "generation_config.json", "pytorch_model.bin", "rust_model.ot",
+            "tf_model.h5"):
+        (tmp_path / name).touch()
+    assert hugging_face.read_vocabulary(tmp_path) == vocabulary(tokenizer)
+
+
+@needs_gpt2_tokenizer
+@pytest.mark.parametrize(
+    "n_rows, fits", [(50257, True), (50304, True), (50256, False), (60000, False)])
+def test_gpt2s_vocabulary_takes_the_place_of_none_if_the_size_is_right(tmp_path, n_rows, fits):
+    sizes = dict(n_layer=1, n_head=1, n_embd=1, vocab_size=n_rows, block_size=4)
+    hugging_face.export(GPT(GPTConfig(**sizes)), bpe_gpt.train_bpe("", 257), tmp_path / "model")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "model" / name).unlink()
+    if fits:
+        output, _ = run(SCRIPT, "model", "x.pt", cwd=tmp_path)
+        assert output == "model has no vocabulary: GPT-2's is used\nsaved x.pt\n"
+        checkpoint = bpe_gpt.load_pretrained(tmp_path / "x.pt")
+        assert checkpoint["vocab"] == bpe_gpt.gpt2_tokenizer().tokens
+        assert checkpoint["config"]["vocab_size"] == 50257
+    else:
+        error = one_line_error(SCRIPT, "model", "x.pt", cwd=tmp_path)
+        assert "model has no vocabulary, and its size is not GPT-2's" in error
+        assert not (tmp_path / "x.pt").exists()
+
 def test_a_vocabulary_without_all_bytes_is_refused(tmp_path, tokenizer):
     """It could not write every text."""
-    words = hugging_face.words_of(tokenizer)
+    words = hugging_face.words_of(tokenizer.tokens)
     words.remove("\u0120")  # the space
     (tmp_path / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
     (tmp_path / "merges.txt").write_text("\n".join(merges_of(tokenizer)), encoding="utf-8")
@@ -312,7 +437,7 @@ def test_the_merges_that_are_written_make_every_token_in_the_order_of_learning(t
     assert hugging_face.read_vocabulary(tmp_path) is None
     hugging_face.write_vocabulary(tokenizer, tmp_path)
     assert hugging_face.read_vocabulary(tmp_path) == vocabulary(tokenizer)
-    words = hugging_face.words_of(tokenizer)
+    words = hugging_face.words_of(tokenizer.tokens)
     first, *lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()
     assert first == "#version: 0.2" and [x.replace(" ", "") for x in lines] == words[256:-1]
     for i, line in enumerate(lines, start=256):
@@ -329,6 +454,144 @@ def test_gpt2s_own_vocabulary_is_written_as_openai_published_it(tmp_path):
     assert (tmp_path / "merges.txt").read_bytes() == merges
     assert json.loads((tmp_path / "vocab.json").read_bytes()) == json.loads(vocab)
     assert hugging_face.read_vocabulary(tmp_path) == vocabulary(gpt2)
+
+# ---- Merges -------------------------------------------------------------------------------------
+
+def read_merges(merges, folder):
+    """The tokenizer of a vocabulary: single bytes, a token for each merge, and the end of text."""
+    tokens = [merge.replace(" ", "") for merge in merges]
+    letters = [chr(letter) for letter in hugging_face.LETTER.values()]
+    words = [*letters, *dict.fromkeys(tokens), "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    return bpe_gpt.BPETokenizer(hugging_face.read_vocabulary(folder))
+
+
+def split_by_merges(word, merges):
+    """What the tokenizers library does: it merges the pair that comes first in the list."""
+    parts = list(word)
+    while True:
+        pairs = [f"{a} {b}" for a, b in zip(parts, parts[1:])]
+        listed = [pair for pair in merges if pair in pairs]
+        if not listed:
+            return parts
+        best = listed[0]
+        i = pairs.index(best)
+        parts[i : i + 2] = [best.replace(" ", "")]
+
+
+@pytest.mark.parametrize("merges", [
+    ["a b", "b c", "a bc"],  # "abc" is ab c
+    ["a b", "b c", "ab c", "a bc"],
+    ["a a", "aa a", "aaa aaa"],  # "aaaaaa" is aa aa aa
+    ["ab c", "a b"],
+])
+def test_merges_that_the_tokens_do_not_imply_are_refused(tmp_path, merges):
+    """bpe_gpt.py has no list of merges: it would merge other pairs."""
+    with pytest.raises(ValueError, match="among the merges|is not made of two tokens"):
+        read_merges(merges, tmp_path)
+
+
+def test_a_vocabulary_is_accepted_if_its_tokens_imply_its_merges_and_only_then(tmp_path):
+    rng = random.Random(1)
+    n_accepted = 0
+    for _ in range(100):
+        parts = ["a", "b", "c"]
+        merges = []
+        for _ in range(rng.randint(2, 10)):
+            a, b = rng.choice(parts), rng.choice(parts)
+            if a + b not in parts and len(a + b) < 8:
+                parts.append(a + b)
+                merges.append(f"{a} {b}")
+        implied = all(split_by_merges(word, merges) == [word] for word in parts)
+        try:
+            tokenizer = read_merges(merges, tmp_path)
+        except bpe_gpt.UserError:
+            assert not implied, merges
+            continue
+        assert implied, merges
+        n_accepted += 1
+        for _ in range(50):
+            word = "".join(rng.choices("abc", k=rng.randint(2, 20)))
+            tokens = [tokenizer.decode([token]) for token in tokenizer.encode(word)]
+            assert tokens == split_by_merges(word, merges)
+    assert 20 < n_accepted < 80
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_vocabulary_that_the_tokenizers_library_learned_is_accepted(tmp_path, first):
+    tokenizers = pytest.importorskip("tokenizers")
+    text = PLAY.read_text(encoding="utf-8")[:50_000]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<|endoftext|>"] if first else []
+    theirs.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    theirs.add_special_tokens(["<|endoftext|>"])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = bpe_gpt.BPETokenizer(hugging_face.read_vocabulary(tmp_path))
+    assert ours.end_of_text == (0 if first else 600)
+    assert ours.encode(text) == theirs.encode(text).ids
+    (tmp_path / "ours").mkdir()
+    hugging_face.write_vocabulary(ours, tmp_path / "ours")
+    assert hugging_face.read_vocabulary(tmp_path / "ours") == ours.tokens
+
+
+def test_the_single_bytes_may_have_any_numbers(tmp_path, tokenizer):
+    tokens = tokenizer.tokens[256:] + tokenizer.tokens[:256][::-1]
+    ours = bpe_gpt.BPETokenizer(tokens)
+    hugging_face.write_vocabulary(ours, tmp_path)
+    assert hugging_face.read_vocabulary(tmp_path) == tokens
+
+
+@pytest.mark.parametrize("word, clue", [
+    (" ", "letters that do not stand for bytes"),  # the letter of a space is \u0120
+    ("\u4e2d", "letters that do not stand for bytes"),
+    ("", "the token '' is not made of two tokens"),
+])
+def test_tokens_that_stand_for_no_bytes_are_refused(tmp_path, tokenizer, word, clue):
+    content = tokenizer_json(tokenizer)
+    content["added_tokens"][0]["id"] = 300
+    content["model"]["vocab"][word] = 299
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=clue):
+        hugging_face.read_vocabulary(tmp_path)
+
+
+def test_a_vocabulary_whose_tokens_do_not_come_from_each_other_is_not_exported(tmp_path, tokenizer):
+    odd = bpe_gpt.BPETokenizer([*tokenizer.tokens[:-1], b"zzzz", tokenizer.tokens[-1]])
+    model = GPT(GPTConfig(**SMALL | {"vocab_size": 301}))
+    with pytest.raises(ValueError, match="the token 'zzzz' is not made of two tokens before it"):
+        hugging_face.export(model, odd, tmp_path / "model")
+
+# ---- What came before a text --------------------------------------------------------------------
+
+def test_what_came_before_each_text_in_training_is_kept(tmp_path, tokenizer):
+    model = GPT(GPTConfig(**SMALL))
+    hugging_face.export(model, tokenizer, tmp_path / "default")
+    hugging_face.export(model, tokenizer, tmp_path / "line", text_before="\n")
+    assert hugging_face.read_folder(tmp_path / "default")["text_before"] == "<|endoftext|>"
+    assert hugging_face.read_folder(tmp_path / "line")["text_before"] == "\n"
+    assert hugging_face.read_folder(TIED)["text_before"] == "<|endoftext|>"  # others do not say it
+
+
+def test_transformers_keeps_what_came_before_each_text(tmp_path, tokenizer):
+    transformers = pytest.importorskip("transformers")
+    hugging_face.export(GPT(GPTConfig(**SMALL)), tokenizer, tmp_path / "ours", "\n")
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    assert hugging_face.read_folder(tmp_path / "theirs")["text_before"] == "\n"
+
+
+@pytest.mark.parametrize("text", ["", "\n\n \n", None, 5, ["\n"], "\ud800"])
+def test_a_text_before_that_is_not_one_token_is_refused(folder, tokenizer, text):
+    configure(text_before=text)(folder)
+    with pytest.raises(ValueError, match="^cannot load .*model: "):
+        hugging_face.read_folder(folder)
+    with pytest.raises(ValueError):
+        hugging_face.export(GPT(GPTConfig(**SMALL)), tokenizer, folder / "new", text)
+    assert not (folder / "new").exists()
 
 # ---- Damaged files ------------------------------------------------------------------------------
 
@@ -433,6 +696,13 @@ FAULTS = {
     "a tokenizer without an end of text": content("vocab.json", b'{"a": 0}'),
     "a tokenizer that adds a space": content("tokenizer_config.json", b'{"add_prefix_space": true}'),
     "a tokenizer.json without a model": content("tokenizer.json", b'{"added_tokens": []}'),
+    "a tokenizer.json that is a list": content("tokenizer.json", b'[["a", 1]]'),
+    "a tokenizer.json with a list in it": content(
+        "tokenizer.json", b'{"added_tokens": [], "pre_tokenizer": [1], "model": [2]}'),
+    "attention to later tokens": configure(is_causal=False),
+    "a config that is a list": content("config.json", b"[1, 2]"),
+    "a mask in half precision": tensor(
+        "transformer.h.0.attn.bias", lambda d, s, b: ("F16", [1, 1, 2, 2], b"\0<" * 4)),
 }
 
 
@@ -442,6 +712,57 @@ def test_a_damaged_model_is_refused_in_one_readable_line(folder, fault):
     with pytest.raises(ValueError, match="^cannot load .*model: ") as refused:
         hugging_face.load_model(folder)
     assert len(str(refused.value).splitlines()) == 1
+
+
+def not_safetensors(data, clue="model.safetensors is no safetensors file"):
+    return content("model.safetensors", data), clue
+
+
+def again(new, old):
+    """Write the tensor once more, by another name that means the same."""
+    def apply(folder):
+        path = folder / "model.safetensors"
+        dtype, shape, data = parse(path)[0][old]
+        tensor(new, lambda *tensor: (dtype, shape, data))(folder)
+    return apply
+
+
+NO_SIZE = "not a whole number above zero"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n"
+SAID = {
+    "a size below zero": (configure(n_head=-4), f"n_head is -4, {NO_SIZE}"),
+    "a size of zero": (configure(n_positions=0), f"n_positions is 0, {NO_SIZE}"),
+    "a size with a point": (configure(n_embd=24.0), f"n_embd is 24.0, {NO_SIZE}"),
+    "a size that is true": (configure(n_layer=True), f"n_layer is true, {NO_SIZE}"),
+    "a size that is a word": (configure(n_layer="2"), f'n_layer is "2", {NO_SIZE}'),
+    "a size that is null": (configure(vocab_size=None), f"vocab_size is null, {NO_SIZE}"),
+    "a billion layers": (configure(n_layer=10**9), "n_layer is 1000000000, but there are only"),
+    "heads that do not divide": (configure(n_head=5), "n_head 5 does not divide n_embd 24"),
+    "a size by another name": (configure(num_attention_heads=2), "num_attention_heads is 2; only"),
+    "a name with and without a prefix": (
+        again("wte.weight", "transformer.wte.weight"), "a tensor is in the file twice"),
+    "an output with a prefix": (
+        tensor("transformer.lm_head.weight", lambda d, s, b: OTHER_HEAD), "must be tied"),
+    "a pointer of git LFS": not_safetensors(
+        POINTER, "a pointer of git LFS, not the weights: run git lfs pull"),
+    "a web page": not_safetensors(b"<!DOCTYPE html>\n<html><body>Not found</body></html>\n" * 9),
+    "a zip file": not_safetensors(b"PK\3\4\0\0\10\10" + bytes(900)),
+    "no bytes": not_safetensors(b""),
+    "three bytes": not_safetensors(b"abc"),
+    "a list": not_safetensors(struct.pack("<Q", 9) + b'["a", 10]'),
+    "a number": not_safetensors(struct.pack("<Q", 1) + b"5"),
+    "an entry that is a number": not_safetensors(struct.pack("<Q", 8) + b'{"a": 1}'),
+    "a config that is a web page": (content("config.json", b"<html>"), "config.json is not a JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", SAID)
+def test_the_reason_is_said_in_plain_words(folder, fault):
+    apply, clue = SAID[fault]
+    apply(folder)
+    with pytest.raises(ValueError, match=re.escape(clue)) as refused:
+        hugging_face.read_folder(folder)
+    assert "Error" not in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
 def test_the_command_line_says_what_is_not_supported(folder):
