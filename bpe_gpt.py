@@ -78,7 +78,7 @@ CPU_SETTINGS = dict(  # without --full, a CPU trains this smaller model, in 5.5 
     vocab_size=2048, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
     total_batch_size=2048, max_iters=2100, eval_interval=300, learning_rate=0.002,
     muon_learning_rate=0.025, warmup_iters=10, weight_decay=0.15)
-# For a corpus: half a million tokens per step, as for GPT-3 (Brown et al. 2020); Muon's rate and the
+# For a corpus: half a million tokens per step, as for GPT-3 (Brown et al. 2020); Muon's rate and
 # decay of modded-nanogpt's benchmark; no dropout, as a text that is read once is not memorized.
 FOLDER_SETTINGS = dict(
     vocab_size=50257, dropout=0.0, batch_size=32, total_batch_size=2**19, eval_interval=250,

@@ -28,6 +28,7 @@ def load_script(name):
     """A script of data/, which is no package, as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "data" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
