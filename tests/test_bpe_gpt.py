@@ -57,17 +57,22 @@ def greedy(logits):
 
 
 @pytest.mark.parametrize(
-    "name, count",
+    "name, n_layer, n_head, n_embd, count",
     [
-        ("gpt2", 124_439_808),
-        ("gpt2-medium", 354_823_168),
-        ("gpt2-large", 774_030_080),
-        ("gpt2-xl", 1_557_611_200),
+        ("gpt2", 12, 12, 768, 124_439_808),
+        ("gpt2-medium", 24, 16, 1024, 354_823_168),
+        ("gpt2-large", 36, 20, 1280, 774_030_080),
+        ("gpt2-xl", 48, 25, 1600, 1_557_611_200),
     ],
 )
-def test_the_four_sizes_have_as_many_parameters_as_published(name, count):
+def test_the_four_sizes_are_those_that_were_published(name, n_layer, n_head, n_embd, count):
+    """The weights do not show the number of heads: they can be loaded with any that divides n_embd."""
+    config = GPTConfig(**SIZES[name])
     with torch.device("meta"):  # shapes only
-        model = GPT(GPTConfig(**SIZES[name]))
+        model = GPT(config)
+    assert (config.vocab_size, config.block_size) == (50257, 1024)
+    assert (config.n_layer, config.n_head, config.n_embd) == (n_layer, n_head, n_embd)
+    assert [block.attn.n_head for block in model.transformer.h] == [n_head] * n_layer
     assert sum(p.numel() for p in model.parameters()) == count
 
 
@@ -675,6 +680,89 @@ def test_evaluation_alone_is_over_the_whole_text(command, untrained, tmp_path, c
     n_bytes = len(text.encode()) - len(tokenizer.tokens[data.tokens[0]])
     n_targets = len(data.tokens) - 1
     assert bits == pytest.approx(expected * n_targets / math.log(2) / n_bytes, abs=2e-3)
+
+
+def test_the_model_that_is_named_is_evaluated_even_with_resume(
+    command, untrained, tmp_path, monkeypatch, capsys
+):
+    """Not the checkpoint at --out, which has other weights; and it stays as it is."""
+    command("x.pt", "--init", untrained, *STEPS.split(), "--max_iters", "2")
+    before = (tmp_path / "x.pt").read_bytes()
+    losses = []
+    for flags in (["--out", tmp_path / "none.pt"], ["--resume"]):
+        capsys.readouterr()
+        command("x.pt", "--eval_only", "--init", untrained, *flags)
+        losses.append(re.search(r"^loss (\S+) ", capsys.readouterr().out, re.MULTILINE)[1])
+    command("x.pt", "--eval_only", "--init", tmp_path / "x.pt")
+    trained = re.search(r"^loss (\S+) ", capsys.readouterr().out, re.MULTILINE)[1]
+    assert losses[0] == losses[1] != trained
+    assert (tmp_path / "x.pt").read_bytes() == before and not (tmp_path / "none.pt").exists()
+
+
+GPT2 = dict(vocab_size=50257, n_layer=12, n_head=12, n_embd=768, block_size=1024)
+DEFAULTS = dict(
+    dropout=0.1, batch_size=16, total_batch_size=16384, max_iters=400, eval_interval=50,
+    learning_rate=0.001, muon_learning_rate=0.02, warmup_iters=50, weight_decay=0.1, grad_clip=1.0)
+FINE_TUNING = DEFAULTS | dict(
+    batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
+    muon_learning_rate=0.0, warmup_iters=5)
+TO_ANSWER = dict(batch_size=8, total_batch_size=8192, max_iters=130, eval_interval=65)
+ON_A_CPU = dict(
+    vocab_size=2048, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
+    total_batch_size=2048, max_iters=2100, eval_interval=300, learning_rate=0.002,
+    muon_learning_rate=0.025, warmup_iters=10, weight_decay=0.15)
+
+
+@pytest.mark.parametrize(
+    "flags, device, expected",
+    [
+        ({}, "cpu", ON_A_CPU),
+        ({}, "mps", ON_A_CPU),
+        ({}, "cuda", GPT2 | DEFAULTS),
+        (dict(full=True), "cpu", GPT2 | DEFAULTS),
+        (dict(full=True, n_layer=3, seed=5), "cpu", GPT2 | DEFAULTS | dict(n_layer=3, seed=5)),
+        (dict(dropout=0.3, n_head=2), "cpu", ON_A_CPU | dict(dropout=0.3, n_head=2)),
+        (dict(data="FOLDER"), "cpu", ON_A_CPU | dict(vocab_size=50257)),
+        (dict(data="FOLDER"), "cuda", GPT2 | DEFAULTS),
+        (dict(init="x"), "cpu", GPT2 | FINE_TUNING),
+        (dict(init="x"), "cuda", GPT2 | FINE_TUNING),
+        (dict(init="x", learning_rate=0.5), "cpu", GPT2 | FINE_TUNING | dict(learning_rate=0.5)),
+        (dict(init="x", block_size=512), "cpu", GPT2 | FINE_TUNING | dict(block_size=512)),
+        (dict(init="x", instructions="y"), "cpu", GPT2 | FINE_TUNING | TO_ANSWER),
+        (dict(instructions="y"), "cpu", ON_A_CPU | TO_ANSWER | dict(block_size=256)),
+        (dict(instructions="y"), "cuda", GPT2 | DEFAULTS | TO_ANSWER | dict(block_size=256)),
+    ],
+    ids=str,
+)
+def test_the_settings_of_a_run_are_those_of_its_kind(flags, device, expected, tmp_path):
+    """Fine-tuning on a CPU, for example, has nothing of the small model's settings."""
+    if flags.get("data") == "FOLDER":
+        flags = flags | {"data": str(tmp_path)}
+    trained = {"config": vars(GPTConfig(**GPT2, seed=99, weight_decay=9.0))}
+    config = bpe_gpt.choose_settings(
+        flags, torch.device(device), False, trained if "init" in flags else None)
+    assert config == GPTConfig(**GPT2 | DEFAULTS | expected | flags)
+
+
+def test_a_resumed_run_has_its_own_settings_but_for_where_it_runs_and_the_flags():
+    saved = vars(GPTConfig(
+        **ON_A_CPU | dict(device="cuda", out="a.pt", seed=5, weight_decay=9.0, init="x")))
+    flags = dict(resume=True, out="b.pt", max_iters=3000)
+    config = bpe_gpt.choose_settings(flags, torch.device("cpu"), True, {"config": saved})
+    assert config == GPTConfig(**saved | flags | dict(device="auto"))
+
+
+def test_of_several_processes_the_first_alone_prints(monkeypatch, capsys):
+    """The others write to nowhere. (With one process there is no group to join.)"""
+    for rank, expected in ((0, "text\n"), (1, ""), (3, "")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", sys.stdout)  # to be put back
+            patch.setattr(bpe_gpt, "RANK", rank)
+            bpe_gpt.join_processes(torch.device("cpu"))
+            print("text", flush=True)
+            if rank > 0:
+                sys.stdout.close()
+        assert capsys.readouterr().out == expected
 
 
 def test_a_folder_of_tokens_is_trained_on_without_being_read_whole(command, tmp_path, monkeypatch):

@@ -285,3 +285,16 @@ def test_every_flag_of_sample_py_changes_what_is_printed(clone, monkeypatch, cap
         assert printed[0].err != printed[1].err
     else:
         assert printed[0].out != printed[1].out
+
+# ---- What is printed ----------------------------------------------------------------------------
+
+def test_a_page_names_the_best_loss_of_the_run_and_its_step(clone, monkeypatch, tmp_path):
+    """The weights on the page are those of the best evaluation, which need not be the last one."""
+    checkpoint = torch.load(clone / "out" / "char_gpt.pt", weights_only=True)
+    history = [(1000, 1, 9.0, 3.0), (2000, 2, 2.0, 1.25), (3000, 3, 1.0, 1.5)]
+    torch.save(checkpoint | {"history": history}, tmp_path / "x.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", "sample.py x.pt --explore sea".split())
+    sample.main()
+    page = (tmp_path / "explore.html").read_text(encoding="utf-8")
+    assert "parameters, validation loss 1.2500 nats after 2,000 steps" in page

@@ -333,6 +333,22 @@ def test_a_run_on_instructions_is_resumed(taught):
     assert after["last"]["step"] == 83 and after["must_match"] == before["must_match"]
 
 
+@pytest.mark.parametrize("name", ["instruction", "input", "output"])
+def test_a_run_is_not_resumed_with_records_that_were_edited(taught, name):
+    """An answer, too: the questions alone do not make it the same data."""
+    folder, _ = taught
+    records = read_records(folder / "records.json")
+    np.random.default_rng(1337).shuffle(records)  # the first is to validate on, the others to train
+    record = records[-1]
+    edited = [r | {name: "Hail."} if r == record else r for r in read_records(folder / "records.json")]
+    (folder / "edited.json").write_text(json.dumps(edited))
+    before = (folder / "out" / "bpe_gpt.pt").read_bytes()
+    flags = "--resume --max_iters 83 --instructions edited.json"
+    error = one_line_error(SCRIPT, *flags.split(), cwd=folder)
+    assert "--resume: out/bpe_gpt.pt began with other data" in error
+    assert (folder / "out" / "bpe_gpt.pt").read_bytes() == before
+
+
 def test_the_records_in_data_are_many_and_distinct():
     path = ROOT / "data" / "instructions.json"
     records = read_records(path)
