@@ -700,17 +700,10 @@ def test_the_model_that_is_named_is_evaluated_even_with_resume(
 
 
 GPT2 = dict(vocab_size=50257, n_layer=12, n_head=12, n_embd=768, block_size=1024)
-DEFAULTS = dict(
-    dropout=0.1, batch_size=16, total_batch_size=16384, max_iters=400, eval_interval=50,
-    learning_rate=0.001, muon_learning_rate=0.02, warmup_iters=50, weight_decay=0.1, grad_clip=1.0)
-FINE_TUNING = DEFAULTS | dict(
-    batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
-    muon_learning_rate=0.0, warmup_iters=5)
-TO_ANSWER = dict(batch_size=8, total_batch_size=8192, max_iters=130, eval_interval=65)
-ON_A_CPU = dict(
-    vocab_size=2048, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
-    total_batch_size=2048, max_iters=2100, eval_interval=300, learning_rate=0.002,
-    muon_learning_rate=0.025, warmup_iters=10, weight_decay=0.15)
+ON_A_CPU = bpe_gpt.CPU_SETTINGS
+FINE_TUNING = bpe_gpt.FINE_TUNING_SETTINGS
+TO_ANSWER = bpe_gpt.INSTRUCTION_SETTINGS
+MEDIUM = GPT2 | SIZES["gpt2-medium"]
 
 
 @pytest.mark.parametrize(
@@ -718,35 +711,36 @@ ON_A_CPU = dict(
     [
         ({}, "cpu", ON_A_CPU),
         ({}, "mps", ON_A_CPU),
-        ({}, "cuda", GPT2 | DEFAULTS),
-        (dict(full=True), "cpu", GPT2 | DEFAULTS),
-        (dict(full=True, n_layer=3, seed=5), "cpu", GPT2 | DEFAULTS | dict(n_layer=3, seed=5)),
-        (dict(dropout=0.3, n_head=2), "cpu", ON_A_CPU | dict(dropout=0.3, n_head=2)),
+        ({}, "cuda", GPT2),
+        (dict(full=True), "cpu", GPT2),
+        (dict(full=True, n_layer=3), "cpu", GPT2),
+        (dict(dropout=0.3, n_head=2), "cpu", ON_A_CPU),
         (dict(data="FOLDER"), "cpu", ON_A_CPU | dict(vocab_size=50257)),
-        (dict(data="FOLDER"), "cuda", GPT2 | DEFAULTS),
-        (dict(init="x"), "cpu", GPT2 | FINE_TUNING),
-        (dict(init="x"), "cuda", GPT2 | FINE_TUNING),
-        (dict(init="x", learning_rate=0.5), "cpu", GPT2 | FINE_TUNING | dict(learning_rate=0.5)),
-        (dict(init="x", block_size=512), "cpu", GPT2 | FINE_TUNING | dict(block_size=512)),
-        (dict(init="x", instructions="y"), "cpu", GPT2 | FINE_TUNING | TO_ANSWER),
-        (dict(instructions="y"), "cpu", ON_A_CPU | TO_ANSWER | dict(block_size=256)),
-        (dict(instructions="y"), "cuda", GPT2 | DEFAULTS | TO_ANSWER | dict(block_size=256)),
+        (dict(data="FOLDER"), "cuda", GPT2),
+        (dict(init="x"), "cpu", FINE_TUNING | MEDIUM),
+        (dict(init="x"), "cuda", FINE_TUNING | MEDIUM),
+        (dict(init="x", learning_rate=0.5, block_size=512), "cpu", FINE_TUNING | MEDIUM),
+        (dict(init="x", instructions="y"), "cpu", FINE_TUNING | TO_ANSWER | MEDIUM),
+        (dict(init="x", full=True), "cpu", FINE_TUNING | MEDIUM),
+        (dict(instructions="y"), "cpu", ON_A_CPU | TO_ANSWER),
+        (dict(instructions="y"), "cuda", GPT2 | TO_ANSWER),
     ],
     ids=str,
 )
 def test_the_settings_of_a_run_are_those_of_its_kind(flags, device, expected, tmp_path):
-    """Fine-tuning on a CPU, for example, has nothing of the small model's settings."""
+    """And what is given as a flag counts most. Fine-tuning on a CPU, for example, has the sizes of the
+    model that it begins with, but neither its other settings nor those of the small model."""
     if flags.get("data") == "FOLDER":
         flags = flags | {"data": str(tmp_path)}
-    trained = {"config": vars(GPTConfig(**GPT2, seed=99, weight_decay=9.0))}
+    trained = {"config": vars(GPTConfig(**MEDIUM, seed=99, weight_decay=9.0, data="z"))}
     config = bpe_gpt.choose_settings(
         flags, torch.device(device), False, trained if "init" in flags else None)
-    assert config == GPTConfig(**GPT2 | DEFAULTS | expected | flags)
+    assert config == GPTConfig(**expected | flags)
 
 
 def test_a_resumed_run_has_its_own_settings_but_for_where_it_runs_and_the_flags():
-    saved = vars(GPTConfig(
-        **ON_A_CPU | dict(device="cuda", out="a.pt", seed=5, weight_decay=9.0, init="x")))
+    others = dict(device="cuda", out="a.pt", seed=5, weight_decay=9.0, init="x")
+    saved = vars(GPTConfig(**ON_A_CPU | others))
     flags = dict(resume=True, out="b.pt", max_iters=3000)
     config = bpe_gpt.choose_settings(flags, torch.device("cpu"), True, {"config": saved})
     assert config == GPTConfig(**saved | flags | dict(device="auto"))
