@@ -224,6 +224,20 @@ def test_dropout_drops_other_activations_in_every_step():
     assert losses[0] == losses[1] and len(set(losses)) == 3
 
 
+def test_dropout_is_of_other_random_numbers_in_each_process_each_step_and_each_run(monkeypatch):
+    """Or all processes would drop the same places of their rows."""
+    monkeypatch.setattr(bpe_gpt, "N_PROCESSES", 3)
+    monkeypatch.setattr(bpe_gpt.dist, "all_reduce", lambda tensor: None)
+    seeds = []
+    for seed in (1, 2):
+        for step in range(3):
+            for rank in range(3):
+                monkeypatch.setattr(bpe_gpt, "RANK", rank)
+                take_step(bpe_gpt, build(bpe_gpt), bpe_gpt.GPTConfig(seed=seed), step)
+                seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == 2 * 3 * 3
+
+
 @for_each_gpt
 def test_a_step_starts_from_gradients_of_zero(script):
     """Two steps on the same batch do not add up: with a rate of 0, the gradient stays the same."""
@@ -524,7 +538,23 @@ def test_a_run_from_another_machine_is_resumed_on_this_one(script, train, tmp_pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", sys_argv)
         script.main()
-    assert script.load_checkpoint(tmp_path / "x.pt", script.__name__)["last"]["step"] == 8
+    resumed = script.load_checkpoint(tmp_path / "x.pt", script.__name__)
+    assert resumed["last"]["step"] == 8 and resumed["config"]["device"] == "auto"
+
+
+@for_each_gpt
+def test_a_checkpoint_that_was_moved_is_resumed_and_saved_where_it_lies(
+    script, train, tmp_path, monkeypatch
+):
+    """It says where it was saved before, where nothing is to be written now."""
+    train(script, "elsewhere.pt", FLAGS[script] + " --max_iters 4")
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / f"{script.__name__}.pt"  # the default
+    (tmp_path / "elsewhere.pt").rename(path)
+    monkeypatch.setattr(sys, "argv", "x.py --device cpu --resume --max_iters 8".split())
+    script.main()
+    assert script.load_checkpoint(path, script.__name__)["last"]["step"] == 8
+    assert not (tmp_path / "elsewhere.pt").exists()
 
 
 @for_each_gpt
@@ -725,8 +755,7 @@ def test_a_run_whose_loss_is_no_number_keeps_the_older_checkpoint(
 @for_each_script
 def test_each_evaluation_prints_a_sample_with_the_same_random_numbers(script, capsys):
     """Whatever has used others before, and after whichever step: only --seed changes them."""
-    chars = "".join(map(chr, range(32, 97)))
-    tokenizer = bpe_gpt.train_bpe("", 257) if script is bpe_gpt else script.CharTokenizer(chars)
+    tokenizer = bpe_gpt.train_bpe("", 257) if script is bpe_gpt else script.CharTokenizer("\nabc")
     sizes = dict(block_size=16, vocab_size=len(tokenizer.tokens))
     if script is bigram:
         config = bigram.BigramConfig(**sizes)
@@ -734,7 +763,7 @@ def test_each_evaluation_prints_a_sample_with_the_same_random_numbers(script, ca
     else:
         config = script.GPTConfig(n_layer=1, n_head=1, n_embd=8, **sizes)
         model = script.GPT(config)
-    data = [SimpleNamespace(prompts=["To be", "or not"])] if script is bpe_gpt else []
+    data = [SimpleNamespace(prompts=["To be\nor", "not"])] if script is bpe_gpt else []
 
     def sample():
         script.report(checkpoint, model, tokenizer, *data, config)
@@ -744,6 +773,9 @@ def test_each_evaluation_prints_a_sample_with_the_same_random_numbers(script, ca
     torch.manual_seed(1)
     first = sample()
     assert len(first) > 30
+    lines = first.split("\n")
+    assert len(lines) > 2 and lines.pop() == "", "the sample ends with its last line"
+    assert all(line.startswith("    | ") for line in lines)
     torch.manual_seed(2)
     checkpoint["history"].append((20, 200, 3.0, 3.0))
     assert sample() == first
