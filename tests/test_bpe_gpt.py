@@ -664,6 +664,16 @@ def test_a_fine_tuned_checkpoint_is_fine_tuned_again(command, untrained, tmp_pat
     assert after == before
 
 
+@pytest.mark.parametrize("text_before", ["\n", "<|endoftext|>"])
+def test_a_fine_tuned_model_begins_a_text_as_it_did_before(
+    command, untrained, tmp_path, text_before
+):
+    """GPT-2 knows the end of text as the beginning of the next one, whatever it is fine-tuned on."""
+    torch.save(torch.load(untrained) | {"text_before": text_before}, tmp_path / "a.pt")
+    checkpoint = command("b.pt", "--init", tmp_path / "a.pt", *STEPS.split(), "--max_iters", "1")
+    assert checkpoint["text_before"] == text_before
+
+
 def test_evaluation_alone_is_over_the_whole_text(command, untrained, tmp_path, capsys):
     text = "To be, or not to be? " * 20
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")

@@ -382,7 +382,8 @@ def test_only_large_models_have_half_the_bits_unless_told_otherwise(command, mon
         patch.setattr(sample, "print_texts", lambda *arguments: None)
         for capable, expected in (True, "torch.bfloat16"), (False, "torch.float32"):
             patch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": capable})
-            assert chosen(10**6) == "torch.float32" and chosen(10**8) == expected
+            assert chosen(10_770_816) == "torch.float32", "the full model of char_gpt.py"
+            assert chosen(124_439_808) == expected, "GPT-2"
             assert chosen(10**6, "--dtype", "bfloat16") == "torch.bfloat16"
             assert chosen(10**8, "--dtype", "float32") == "torch.float32"
     for name in ("float32", "bfloat16"):

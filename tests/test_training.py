@@ -85,6 +85,16 @@ def test_every_epoch_cuts_the_text_in_other_places_and_another_order(script):
 
 
 @for_each_script
+def test_another_seed_takes_the_stretches_in_another_order(script):
+    """And not only from another offset on."""
+    orders = []
+    for seed in (5, 6):
+        starts = [get_batch(script, TEXT, step, seed)[0][:, 0] for step in range(STEPS)]
+        orders.append(torch.cat(starts).diff().tolist())  # from each stretch to the next
+    assert orders[0] != orders[1]
+
+
+@for_each_script
 @pytest.mark.parametrize("length", [200, 201, 207, 216])
 def test_no_part_of_the_text_is_left_out(script, length):
     seen = set()
