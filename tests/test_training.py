@@ -475,6 +475,28 @@ def test_the_training_loss_of_the_bigram_model_is_this_mean_too():
 
 
 @for_each_gpt
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_trains_and_evaluates_in_the_type_that_is_asked_for(
+    script, train, monkeypatch, dtype
+):
+    """The matrix products; the weights are in float32 all the time."""
+    seen = {True: set(), False: set()}  # in training; in evaluation
+    forward = script.GPT.forward
+
+    def watched_forward(model, idx, targets=None, *rest, **more):
+        logits, loss = forward(model, idx, targets, *rest, **more)
+        if targets is not None:
+            seen[torch.is_grad_enabled()].add(logits.dtype)
+        return logits, loss
+
+    monkeypatch.setattr(script.GPT, "forward", watched_forward)
+    name = str(dtype).removeprefix("torch.")
+    checkpoint = train(script, "x.pt", f"{FLAGS[script]} --max_iters 4 --dtype {name}")
+    assert seen == {True: {dtype}, False: {dtype}}
+    assert {p.dtype for p in checkpoint["last"]["model"].values()} == {torch.float32}
+
+
+@for_each_gpt
 def test_the_learning_rate_rises_soon_and_falls_to_zero_in_a_straight_line(
     script, train, monkeypatch
 ):
