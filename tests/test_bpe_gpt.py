@@ -66,7 +66,7 @@ def greedy(logits):
     ],
 )
 def test_the_four_sizes_are_those_that_were_published(name, n_layer, n_head, n_embd, count):
-    """The weights do not show the number of heads: they can be loaded with any that divides n_embd."""
+    """The weights do not show the number of heads: any that divides n_embd would fit them."""
     config = GPTConfig(**SIZES[name])
     with torch.device("meta"):  # shapes only
         model = GPT(config)
@@ -738,8 +738,8 @@ MEDIUM = GPT2 | SIZES["gpt2-medium"]
     ids=str,
 )
 def test_the_settings_of_a_run_are_those_of_its_kind(flags, device, expected, tmp_path):
-    """And what is given as a flag counts most. Fine-tuning on a CPU, for example, has the sizes of the
-    model that it begins with, but neither its other settings nor those of the small model."""
+    """And what is given as a flag counts most. Fine-tuning on a CPU, for example, has the sizes of
+    the model that it begins with, but neither its other settings nor those of the small model."""
     if flags.get("data") == "FOLDER":
         flags = flags | {"data": str(tmp_path)}
     trained = {"config": vars(GPTConfig(**MEDIUM, seed=99, weight_decay=9.0, data="z"))}

@@ -1,5 +1,4 @@
-"""Every flag of every script changes what its run does, and a run says and saves what it did: details
-that are easily broken and that no other test would miss."""
+"""Every flag of every script changes what its run does, and a page says what the run was."""
 
 import io
 import json
@@ -128,8 +127,8 @@ def usual(start):
 
 # ---- Flags of the training scripts --------------------------------------------------------------
 
-# For each flag: the value that it is given, what is looked at in the run, and what that must be: where
-# this cannot be known, as with the weights, it must be another one than without the flag.
+# For each flag: the value that it is given, what is looked at in the run, and what that must be.
+# Where this cannot be known, as with the weights, it must be another one than without the flag.
 ANOTHER = object()
 EFFECTS = {
     "n_layer": ("1", lambda run: sum("c_fc.bias" in name for name in run.checkpoint["model"]), 1),
@@ -229,8 +228,9 @@ def settings_of(script, flags, monkeypatch, tmp_path):
     return stopped.value.args[0]
 
 
-@pytest.mark.parametrize("script, size", [(char_gpt, (6, 6, 384, 256)), (bpe_gpt, (12, 12, 768, 1024))],
-                         ids=["char_gpt", "bpe_gpt"])
+@pytest.mark.parametrize(
+    "script, size", [(char_gpt, (6, 6, 384, 256)), (bpe_gpt, (12, 12, 768, 1024))],
+    ids=["char_gpt", "bpe_gpt"])
 def test_full_trains_the_full_model_with_its_settings(script, size, monkeypatch, tmp_path):
     """On a CPU, which without it trains the small one; what is given counts in both."""
     full = settings_of(script, "--full --seed 5", monkeypatch, tmp_path)
@@ -274,7 +274,9 @@ SAMPLE_FLAGS = {
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(sample.SampleConfig)])
-def test_every_flag_of_sample_py_changes_what_is_printed(clone, monkeypatch, capsys, tmp_path, name):
+def test_every_flag_of_sample_py_changes_what_is_printed(
+    clone, monkeypatch, capsys, tmp_path, name
+):
     if name not in SAMPLE_FLAGS and not os.environ.get("CI"):
         pytest.skip(f"a new flag: say in SAMPLE_FLAGS how to use --{name}, and it is tested")
     before, flag = SAMPLE_FLAGS[name]

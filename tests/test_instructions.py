@@ -269,7 +269,7 @@ def test_a_tenth_is_held_back_and_with_eval_only_all_is(tmp_path, tokenizer):
 
 
 def test_the_seed_decides_which_records_are_held_back(tmp_path, tokenizer):
-    """Not the first or last ones of the file, which may be of one kind; with the same seed, the same."""
+    """Not the first or last ones of the file, which may be of one kind."""
     path = write_records(tmp_path / "x.json", RECORDS * 3)
     held_back = []
     for seed in (1, 1, 2, 3):
@@ -313,7 +313,7 @@ def test_a_run_prints_its_records_its_losses_and_a_response(taught):
 
 
 def test_a_response_is_shown_up_to_its_end(tokenizer, monkeypatch, capsys):
-    """Three prompts, with what the model makes of each: nothing, a response, and one without an end."""
+    """The model answers three prompts: with nothing, with a response, and with one without an end."""
     a, b, end = *tokenizer.encode("ab"), tokenizer.end_of_text
     texts = [[end, b, a], [a, b, end, b], [b, a]]
 
@@ -373,7 +373,8 @@ def test_a_run_is_not_resumed_with_records_that_were_edited(taught, name):
     records = read_records(folder / "records.json")
     np.random.default_rng(1337).shuffle(records)  # the first is to validate on, the others to train
     record = records[-1]
-    edited = [r | {name: "Hail."} if r == record else r for r in read_records(folder / "records.json")]
+    edited = read_records(folder / "records.json")
+    edited[edited.index(record)][name] = "Hail."
     (folder / "edited.json").write_text(json.dumps(edited))
     before = (folder / "out" / "bpe_gpt.pt").read_bytes()
     flags = "--resume --max_iters 83 --instructions edited.json"

@@ -306,7 +306,7 @@ def test_a_text_begins_as_texts_do_in_the_training_data(command, changed, monkey
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_without_line_breaks_a_text_begins_with_the_first_character(clone, tmp_path, script):
-    """Of the vocabulary of characters. (Tokens include all bytes: there, a line break is still one.)"""
+    """Of the vocabulary of characters. (Tokens include all bytes, and so the line break.)"""
     text = "to be or not to be that is the question " * 60
     (tmp_path / "x.txt").write_text(text, encoding="utf-8")
     flags = "--data x.txt --block_size 16 --max_iters 2 --eval_interval 1 --out x.pt"

@@ -819,7 +819,8 @@ def test_each_evaluation_prints_a_sample_with_the_same_random_numbers(script, ca
 def test_the_figures_that_are_printed_are_the_losses(script, tmp_path):
     """Bits per byte are the loss, in bits, of all validation tokens, divided by the bytes that they
     stand for. In this text, the characters of the validation part have more bytes."""
-    text = "Plain ASCII, and a few more words.\n" * 360 + "Ünïcode → größer als Zeichen: 日本語.\n" * 40
+    text = "Plain ASCII, and a few more words.\n" * 360
+    text += "Ünïcode → größer als Zeichen: 日本語.\n" * 40
     (tmp_path / "x.txt").write_text(text, encoding="utf-8")
     flags = "--data x.txt --block_size 32 --max_iters 20 --eval_interval 10 --out x.pt".split()
     if script is not bigram:
