@@ -149,4 +149,13 @@ def test_the_command_shows_both_optima(clone):
     assert re.search(r"before training: val loss 4\.174\d; a uniform guess: ln\(65\) = 4\.1744", output)
     learned, counted = re.search(r"train loss: learned (\S+), counted (\S+)\n", output).groups()
     assert float(counted) < float(learned) < float(counted) + 0.25
+    text = PLAY.read_text(encoding="utf-8")
+    data = torch.tensor(CharTokenizer(text).encode(text))
+    train_data, val_data = split_data(data, BigramConfig())
+    expected = evaluate(count_bigrams(train_data, 65), train_data, BigramConfig())
+    assert counted == f"{expected:.4f}", "the least that is possible"
+    learned, counted = re.search(r"val loss: learned (\S+), counted (\S+)\n", output).groups()
+    expected = evaluate(count_bigrams(train_data, 65, add=1), val_data, BigramConfig())
+    assert counted == f"{expected:.4f}", "with one added, or a new pair would make it infinite"
+    assert learned == re.findall(r"(\S+) val;", output)[-1]
     assert "next: python sample.py out/bigram.pt" in output

@@ -58,17 +58,22 @@ def greedy(logits):
 
 
 @pytest.mark.parametrize(
-    "name, count",
+    "name, n_layer, n_head, n_embd, count",
     [
-        ("gpt2", 124_439_808),
-        ("gpt2-medium", 354_823_168),
-        ("gpt2-large", 774_030_080),
-        ("gpt2-xl", 1_557_611_200),
+        ("gpt2", 12, 12, 768, 124_439_808),
+        ("gpt2-medium", 24, 16, 1024, 354_823_168),
+        ("gpt2-large", 36, 20, 1280, 774_030_080),
+        ("gpt2-xl", 48, 25, 1600, 1_557_611_200),
     ],
 )
-def test_the_four_sizes_have_as_many_parameters_as_published(name, count):
+def test_the_four_sizes_are_those_that_were_published(name, n_layer, n_head, n_embd, count):
+    """The weights do not show the number of heads: any that divides n_embd would fit them."""
+    config = GPTConfig(**SIZES[name])
     with torch.device("meta"):  # shapes only
-        model = GPT(GPTConfig(**SIZES[name]))
+        model = GPT(config)
+    assert (config.vocab_size, config.block_size) == (50257, 1024)
+    assert (config.n_layer, config.n_head, config.n_embd) == (n_layer, n_head, n_embd)
+    assert [block.attn.n_head for block in model.transformer.h] == [n_head] * n_layer
     assert sum(p.numel() for p in model.parameters()) == count
 
 
@@ -661,6 +666,16 @@ def test_a_fine_tuned_checkpoint_is_fine_tuned_again(command, untrained, tmp_pat
     assert after == before
 
 
+@pytest.mark.parametrize("text_before", ["\n", "<|endoftext|>"])
+def test_a_fine_tuned_model_begins_a_text_as_it_did_before(
+    command, untrained, tmp_path, text_before
+):
+    """GPT-2 knows the end of text as the beginning of the next one, whatever it is fine-tuned on."""
+    torch.save(torch.load(untrained) | {"text_before": text_before}, tmp_path / "a.pt")
+    checkpoint = command("b.pt", "--init", tmp_path / "a.pt", *STEPS.split(), "--max_iters", "1")
+    assert checkpoint["text_before"] == text_before
+
+
 def test_data_evaluate_py_evaluates_the_whole_text(untrained, tmp_path):
     text = "To be, or not to be? " * 20
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
@@ -677,6 +692,83 @@ def test_data_evaluate_py_evaluates_the_whole_text(untrained, tmp_path):
     n_bytes = len(text.encode()) - len(tokenizer.tokens[data.tokens[0]])
     n_targets = len(data.tokens) - 1
     assert bits == pytest.approx(expected * n_targets / math.log(2) / n_bytes, abs=2e-3)
+
+
+def test_the_model_that_is_named_is_evaluated_even_with_resume(
+    command, untrained, tmp_path, monkeypatch, capsys
+):
+    """Not the checkpoint at --out, which has other weights; and it stays as it is."""
+    command("x.pt", "--init", untrained, *STEPS.split(), "--max_iters", "2")
+    before = (tmp_path / "x.pt").read_bytes()
+    losses = []
+    for flags in (["--out", tmp_path / "none.pt"], ["--resume"]):
+        capsys.readouterr()
+        command("x.pt", "--eval_only", "--init", untrained, *flags)
+        losses.append(re.search(r"^loss (\S+) ", capsys.readouterr().out, re.MULTILINE)[1])
+    command("x.pt", "--eval_only", "--init", tmp_path / "x.pt")
+    trained = re.search(r"^loss (\S+) ", capsys.readouterr().out, re.MULTILINE)[1]
+    assert losses[0] == losses[1] != trained
+    assert (tmp_path / "x.pt").read_bytes() == before and not (tmp_path / "none.pt").exists()
+
+
+GPT2 = dict(vocab_size=50257, n_layer=12, n_head=12, n_embd=768, block_size=1024)
+ON_A_CPU = bpe_gpt.CPU_SETTINGS
+FINE_TUNING = bpe_gpt.FINE_TUNING_SETTINGS
+TO_ANSWER = bpe_gpt.INSTRUCTION_SETTINGS
+MEDIUM = GPT2 | SIZES["gpt2-medium"]
+
+
+@pytest.mark.parametrize(
+    "flags, device, expected",
+    [
+        ({}, "cpu", ON_A_CPU),
+        ({}, "mps", ON_A_CPU),
+        ({}, "cuda", GPT2),
+        (dict(full=True), "cpu", GPT2),
+        (dict(full=True, n_layer=3), "cpu", GPT2),
+        (dict(dropout=0.3, n_head=2), "cpu", ON_A_CPU),
+        (dict(data="FOLDER"), "cpu", ON_A_CPU | dict(vocab_size=50257)),
+        (dict(data="FOLDER"), "cuda", GPT2),
+        (dict(init="x"), "cpu", FINE_TUNING | MEDIUM),
+        (dict(init="x"), "cuda", FINE_TUNING | MEDIUM),
+        (dict(init="x", learning_rate=0.5, block_size=512), "cpu", FINE_TUNING | MEDIUM),
+        (dict(init="x", instructions="y"), "cpu", FINE_TUNING | TO_ANSWER | MEDIUM),
+        (dict(init="x", full=True), "cpu", FINE_TUNING | MEDIUM),
+        (dict(instructions="y"), "cpu", ON_A_CPU | TO_ANSWER),
+        (dict(instructions="y"), "cuda", GPT2 | TO_ANSWER),
+    ],
+    ids=str,
+)
+def test_the_settings_of_a_run_are_those_of_its_kind(flags, device, expected, tmp_path):
+    """And what is given as a flag counts most. Fine-tuning on a CPU, for example, has the sizes of
+    the model that it begins with, but neither its other settings nor those of the small model."""
+    if flags.get("data") == "FOLDER":
+        flags = flags | {"data": str(tmp_path)}
+    trained = {"config": vars(GPTConfig(**MEDIUM, seed=99, weight_decay=9.0, data="z"))}
+    config = bpe_gpt.choose_settings(
+        flags, torch.device(device), False, trained if "init" in flags else None)
+    assert config == GPTConfig(**expected | flags)
+
+
+def test_a_resumed_run_has_its_own_settings_but_for_where_it_runs_and_the_flags():
+    others = dict(device="cuda", out="a.pt", seed=5, weight_decay=9.0, init="x")
+    saved = vars(GPTConfig(**ON_A_CPU | others))
+    flags = dict(resume=True, out="b.pt", max_iters=3000)
+    config = bpe_gpt.choose_settings(flags, torch.device("cpu"), True, {"config": saved})
+    assert config == GPTConfig(**saved | flags | dict(device="auto"))
+
+
+def test_of_several_processes_the_first_alone_prints(monkeypatch, capsys):
+    """The others write to nowhere. (With one process there is no group to join.)"""
+    for rank, expected in ((0, "text\n"), (1, ""), (3, "")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", sys.stdout)  # to be put back
+            patch.setattr(bpe_gpt, "RANK", rank)
+            bpe_gpt.join_processes(torch.device("cpu"))
+            print("text", flush=True)
+            if rank > 0:
+                sys.stdout.close()
+        assert capsys.readouterr().out == expected
 
 
 def test_a_folder_of_tokens_is_trained_on_without_being_read_whole(command, tmp_path, monkeypatch):

@@ -126,6 +126,9 @@ def test_each_record_comes_once_an_epoch_and_in_another_order(tokenizer):
     x, _ = data.training_batch(7)
     again, _ = InstructionData(RECORDS[:12], tokenizer, config).training_batch(7)
     assert torch.equal(again, x), "the step alone decides"
+    data.config.seed += 1
+    batches = [data.training_batch(step) for step in range(4)]
+    assert sum((responses(tokenizer, y) for _, y in batches), []) != epochs[0], "and the seed"
 
 
 def test_the_last_few_records_of_an_epoch_are_left_out_if_they_do_not_fill_a_step(tokenizer):
@@ -266,6 +269,18 @@ def test_a_tenth_is_held_back(tmp_path, tokenizer):
     assert inputs == sorted(encode_record(r, tokenizer)[0].tolist() for r in RECORDS * 3)
 
 
+def test_the_seed_decides_which_records_are_held_back(tmp_path, tokenizer):
+    """Not the first or last ones of the file, which may be of one kind."""
+    path = write_records(tmp_path / "x.json", RECORDS * 3)
+    held_back = []
+    for seed in (1, 1, 2, 3):
+        config = GPTConfig(instructions=path, seed=seed)
+        _, val_data, _ = bpe_gpt.load_instructions(config, tokenizer)
+        held_back.append([x.tolist() for x, _ in val_data.rows])
+    assert held_back[0] == held_back[1]
+    assert held_back[0] != held_back[2] != held_back[3] != held_back[0]
+
+
 def test_a_vocabulary_is_learned_from_the_records_to_train_on(tmp_path):
     records = [dict(RECORDS[0], output=10 * f"{letter}{letter}" + str(i))
                for i, letter in enumerate("bcdfghjklm")]
@@ -296,6 +311,24 @@ def test_a_run_prints_its_records_its_losses_and_a_response(taught):
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+) train", text)]
     assert len(losses) == 2 and losses[1] < losses[0] / 3
     assert text.count("    | ### Response:\n") == 2, "one validation record, two evaluations"
+
+
+def test_a_response_is_shown_up_to_its_end(tokenizer, monkeypatch, capsys):
+    """The model answers three prompts: with nothing, with a response, and with one without an end."""
+    a, b, end = *tokenizer.encode("ab"), tokenizer.end_of_text
+    texts = [[end, b, a], [a, b, end, b], [b, a]]
+
+    def generate(model, idx, max_new_tokens):
+        yield from torch.tensor(texts.pop(0))
+
+    monkeypatch.setattr(bpe_gpt, "generate", generate)
+    head = types.SimpleNamespace(weight=torch.zeros(1))
+    checkpoint = dict(bytes_per_token=[1.0, 1.0], history=[(10, 100, 4.0, 4.0)])
+    data = types.SimpleNamespace(prompts=["one:", "two:", "three:"])
+    model = types.SimpleNamespace(lm_head=head)
+    bpe_gpt.report(checkpoint, model, tokenizer, data, GPTConfig())
+    shown = capsys.readouterr().out.splitlines()[1:]
+    assert shown == ["    | one:", "    | two:ab", "    | three:ba"]
 
 
 def test_a_response_that_was_learned_is_brought_back_by_sample_py(taught):
@@ -339,6 +372,23 @@ def test_a_run_on_instructions_is_resumed(taught):
     after = torch.load(folder / "out" / "more.pt")
     assert after["history"][:-1] == before["history"] and after["vocab"] == before["vocab"]
     assert after["last"]["step"] == 83 and after["must_match"] == before["must_match"]
+
+
+@pytest.mark.parametrize("name", ["instruction", "input", "output"])
+def test_a_run_is_not_resumed_with_records_that_were_edited(taught, name):
+    """An answer, too: the questions alone do not make it the same data."""
+    folder, _ = taught
+    records = read_records(folder / "records.json")
+    np.random.default_rng(1337).shuffle(records)  # the first is to validate on, the others to train
+    record = records[-1]
+    edited = read_records(folder / "records.json")
+    edited[edited.index(record)][name] = "Hail."
+    (folder / "edited.json").write_text(json.dumps(edited))
+    before = (folder / "out" / "bpe_gpt.pt").read_bytes()
+    flags = "--resume --max_iters 83 --instructions edited.json"
+    error = one_line_error(SCRIPT, *flags.split(), cwd=folder)
+    assert "--resume: out/bpe_gpt.pt began with other data" in error
+    assert (folder / "out" / "bpe_gpt.pt").read_bytes() == before
 
 
 def test_the_records_in_data_are_many_and_distinct():

@@ -110,6 +110,16 @@ def test_the_folder_is_what_bpe_gpt_reads(make, learned, capsys):
     assert bytes(np.array(x[0].tolist(), "<u2")) in bytes(np.array(train, "<u2"))
 
 
+def test_an_end_of_text_in_a_text_is_the_token_that_ends_a_document(make, learned):
+    """And not the letters of its name; a file that ends with it has two of them at its end."""
+    end = learned.eot_token
+    train, val = make(f"{TEXT[:500]}<|endoftext|>{TEXT[500:900]}", "To be<|endoftext|>")
+    tokens = train + val
+    first = learned.encode(TEXT[:500])
+    second = learned.encode(TEXT[500:900])
+    assert tokens == [*first, end, *second, end, *learned.encode("To be"), end, end]
+
+
 def test_line_ends_of_windows_are_read_as_newlines(make, learned):
     windows = TEXT.replace("\n", "\r\n")
     train, val = make(windows, share="0.01")

@@ -314,6 +314,42 @@ def test_a_text_begins_as_texts_do_in_the_training_data(command, changed, monkey
     assert torch.load("out/bpe_gpt.pt", weights_only=True)["text_before"] == "\n"
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_line_breaks_a_text_begins_with_the_first_character(clone, tmp_path, script):
+    """Of the vocabulary of characters. (Tokens include all bytes, and so the line break.)"""
+    text = "to be or not to be that is the question " * 60
+    (tmp_path / "x.txt").write_text(text, encoding="utf-8")
+    flags = "--data x.txt --block_size 16 --max_iters 2 --eval_interval 1 --out x.pt"
+    if script != "bigram":
+        flags += " --n_layer 1 --n_head 1 --n_embd 8"
+    if script == "bpe_gpt":
+        flags += " --vocab_size 260 --total_batch_size 64"
+    run(clone / f"{script}.py", *flags.split(), cwd=tmp_path)
+    flags = "x.pt --max_new_tokens 40 --num_samples 2".split()
+    output, _ = run(clone / "sample.py", *flags, cwd=tmp_path)
+    assert len(output) >= 80
+    output, _ = run(clone / "sample.py", "x.pt", "--probs", "to be", cwd=tmp_path)
+    lines = output.splitlines()
+    assert len(lines) >= 3 and lines[1].startswith("'t'"), "what came before is not shown"
+
+
+@pytest.mark.parametrize("script", ["bigram", "char_gpt"])
+def test_without_a_prompt_characters_continue_the_first_of_the_vocabulary(
+    command, changed, monkeypatch, script
+):
+    """That is the line break if there is one. Whatever it is, training has seen it."""
+    seen = []
+    monkeypatch.setattr(sample, "print_texts", lambda model, tok, idx, *rest: seen.append(idx))
+    monkeypatch.setattr(sample, "show_probs", lambda model, tok, ids: seen.append(ids))
+    vocab = load_model(f"out/{script}.pt")[2]["vocab"]
+    for others in (vocab, sorted({*vocab, "_"} - {"\n"})):
+        path = changed(script, vocab=others)
+        command(path)
+        command(path, "--probs", "sea")
+        assert seen[0].tolist() == [[0]] and seen[1] == [0, *map(others.index, "sea")]
+        seen.clear()
+
+
 CURVES = ("--curve", "out/bigram.pt", "out/char_gpt.pt")
 
 
@@ -356,7 +392,8 @@ def test_only_large_models_have_half_the_bits_unless_told_otherwise(command, mon
         patch.setattr(sample, "print_texts", lambda *arguments: None)
         for capable, expected in (True, "torch.bfloat16"), (False, "torch.float32"):
             patch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": capable})
-            assert chosen(10**6) == "torch.float32" and chosen(10**8) == expected
+            assert chosen(10_770_816) == "torch.float32", "the full model of char_gpt.py"
+            assert chosen(124_439_808) == expected, "GPT-2"
             assert chosen(10**6, "--dtype", "bfloat16") == "torch.bfloat16"
             assert chosen(10**8, "--dtype", "float32") == "torch.float32"
     for name in ("float32", "bfloat16"):

@@ -89,6 +89,22 @@ def test_tiny_shakespeare_is_cut_90_to_10_in_order():
     assert torch.equal(torch.cat((train, val)), data)
 
 
+@pytest.mark.parametrize("script", [bigram, char_gpt], ids=lambda script: script.__name__)
+def test_the_shortest_text_that_is_taken_can_be_trained_on_and_evaluated(script):
+    """Each part needs a stretch, and the token after it. One character less is refused."""
+    Config = bigram.BigramConfig if script is bigram else char_gpt.GPTConfig
+    config = Config(block_size=10, batch_size=4, vocab_size=5)
+    data = torch.arange(110) % 5
+    train_data, val_data = script.split_data(data, config)
+    assert (len(train_data), len(val_data)) == (99, 11)
+    x, y = script.get_batch(train_data, config, 0)
+    assert x.shape == y.shape == (4, 10)
+    model = bigram.BigramLanguageModel(bigram.BigramConfig(5))
+    assert script.evaluate(model, val_data, config) == pytest.approx(np.log(5), abs=1e-5)
+    with pytest.raises(ValueError, match="^100 characters are too few for --block_size 10$"):
+        script.split_data(data[:100], config)
+
+
 # Evaluation and generation
 
 

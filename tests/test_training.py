@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,6 +82,16 @@ def test_every_epoch_cuts_the_text_in_other_places_and_another_order(script):
     orders = [(epoch - cut).tolist() for epoch, cut in zip(epochs, cuts)]
     assert orders[0] != orders[1] != orders[2] != orders[0]
     assert orders[0] != sorted(orders[0])
+
+
+@for_each_script
+def test_another_seed_takes_the_stretches_in_another_order(script):
+    """And not only from another offset on."""
+    orders = []
+    for seed in (5, 6):
+        starts = [get_batch(script, TEXT, step, seed)[0][:, 0] for step in range(STEPS)]
+        orders.append(torch.cat(starts).diff().tolist())  # from each stretch to the next
+    assert orders[0] != orders[1]
 
 
 @for_each_script
@@ -221,6 +232,20 @@ def test_dropout_drops_other_activations_in_every_step():
     config = bpe_gpt.GPTConfig()
     losses = [take_step(bpe_gpt, build(bpe_gpt, dropout=0.5), config, s) for s in (1, 1, 2, 3)]
     assert losses[0] == losses[1] and len(set(losses)) == 3
+
+
+def test_dropout_is_of_other_random_numbers_in_each_process_each_step_and_each_run(monkeypatch):
+    """Or all processes would drop the same places of their rows."""
+    monkeypatch.setattr(bpe_gpt, "N_PROCESSES", 3)
+    monkeypatch.setattr(bpe_gpt.dist, "all_reduce", lambda tensor: None)
+    seeds = []
+    for seed in (1, 2):
+        for step in range(3):
+            for rank in range(3):
+                monkeypatch.setattr(bpe_gpt, "RANK", rank)
+                take_step(bpe_gpt, build(bpe_gpt), bpe_gpt.GPTConfig(seed=seed), step)
+                seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == 2 * 3 * 3
 
 
 @for_each_gpt
@@ -379,7 +404,7 @@ def test_the_weights_kept_for_sampling_are_the_best(script, train, monkeypatch):
 
 @for_each_gpt
 def test_of_several_losses_the_lowest_decides_and_its_weights_are_a_copy(
-    script, train, monkeypatch
+    script, train, monkeypatch, capsys
 ):
     losses = [9.0, 3.0, 1.0, 2.5, 2.0]  # before training, and at four evaluations
     weights = []
@@ -393,10 +418,11 @@ def test_of_several_losses_the_lowest_decides_and_its_weights_are_a_copy(
     assert [entry[3] for entry in checkpoint["history"]] == losses[1:]
     assert torch.equal(checkpoint["model"]["lm_head.weight"], weights[2])
     assert torch.equal(checkpoint["last"]["model"]["lm_head.weight"], weights[4])
+    assert "\nbest val loss 1.0000 at step 8; next: " in capsys.readouterr().out
 
 
 @for_each_gpt
-def test_the_best_weights_stay_the_best_when_a_run_is_resumed(script, train, monkeypatch):
+def test_the_best_weights_stay_the_best_when_a_run_is_resumed(script, train, monkeypatch, capsys):
     """A run is stopped after its best evaluation, and what comes later is worse."""
     losses = [9.0, 1.0]  # before training, and after 4 steps
     with monkeypatch.context() as patch:
@@ -407,6 +433,8 @@ def test_the_best_weights_stay_the_best_when_a_run_is_resumed(script, train, mon
     assert resumed["last"]["step"] == 12
     assert same(resumed["model"], best)
     assert not same(resumed["last"]["model"], best)
+    assert capsys.readouterr().out.endswith(
+        "\nbest val loss 1.0000 at step 4; next: python sample.py x.pt\n")
 
 
 @for_each_gpt
@@ -422,6 +450,50 @@ def test_the_training_loss_is_the_mean_since_the_last_evaluation(script, train, 
     checkpoint = train(script, "x.pt", FLAGS[script])
     for i, entry in enumerate(checkpoint["history"]):
         assert entry[2] == pytest.approx(np.mean(losses[4 * i : 4 * i + 4]), rel=1e-6)
+
+
+def test_the_training_loss_of_the_bigram_model_is_this_mean_too():
+    """Of 12 steps, each with a gradient: the evaluations after 5, 10 and 12 have none."""
+    losses = []
+
+    class Recording(bigram.BigramLanguageModel):
+        def forward(self, idx, targets=None):
+            logits, loss = super().forward(idx, targets)
+            if torch.is_grad_enabled():
+                losses.append(loss.item())
+            return logits, loss
+
+    config = bigram.BigramConfig(block_size=8, batch_size=2, max_iters=12, eval_interval=5)
+    tokenizer = bigram.CharTokenizer(map(chr, range(65)))
+    checkpoint = dict(history=[], bytes_per_token=[1.0, 1.0])
+    data = torch.arange(400) % 65
+    bigram.train(Recording(config), data, data, tokenizer, config, checkpoint)
+    assert len(losses) == 12
+    means = [np.mean(losses[:5]), np.mean(losses[5:10]), np.mean(losses[10:])]
+    assert [entry[2] for entry in checkpoint["history"]] == pytest.approx(means)
+    assert [entry[0] for entry in checkpoint["history"]] == [5, 10, 12]
+
+
+@for_each_gpt
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_trains_and_evaluates_in_the_type_that_is_asked_for(
+    script, train, monkeypatch, dtype
+):
+    """The matrix products; the weights are in float32 all the time."""
+    seen = {True: set(), False: set()}  # in training; in evaluation
+    forward = script.GPT.forward
+
+    def watched_forward(model, idx, targets=None, *rest, **more):
+        logits, loss = forward(model, idx, targets, *rest, **more)
+        if targets is not None:
+            seen[torch.is_grad_enabled()].add(logits.dtype)
+        return logits, loss
+
+    monkeypatch.setattr(script.GPT, "forward", watched_forward)
+    name = str(dtype).removeprefix("torch.")
+    checkpoint = train(script, "x.pt", f"{FLAGS[script]} --max_iters 4 --dtype {name}")
+    assert seen == {True: {dtype}, False: {dtype}}
+    assert {p.dtype for p in checkpoint["last"]["model"].values()} == {torch.float32}
 
 
 @for_each_gpt
@@ -498,7 +570,23 @@ def test_a_run_from_another_machine_is_resumed_on_this_one(script, train, tmp_pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", sys_argv)
         script.main()
-    assert script.load_checkpoint(tmp_path / "x.pt", script.__name__)["last"]["step"] == 8
+    resumed = script.load_checkpoint(tmp_path / "x.pt", script.__name__)
+    assert resumed["last"]["step"] == 8 and resumed["config"]["device"] == "auto"
+
+
+@for_each_gpt
+def test_a_checkpoint_that_was_moved_is_resumed_and_saved_where_it_lies(
+    script, train, tmp_path, monkeypatch
+):
+    """It says where it was saved before, where nothing is to be written now."""
+    train(script, "elsewhere.pt", FLAGS[script] + " --max_iters 4")
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / f"{script.__name__}.pt"  # the default
+    (tmp_path / "elsewhere.pt").rename(path)
+    monkeypatch.setattr(sys, "argv", "x.py --device cpu --resume --max_iters 8".split())
+    script.main()
+    assert script.load_checkpoint(path, script.__name__)["last"]["step"] == 8
+    assert not (tmp_path / "elsewhere.pt").exists()
 
 
 @for_each_gpt
@@ -600,6 +688,63 @@ def test_resume_trains_for_longer_and_names_what_does_not_match(clone):
     assert "before training" not in output and "from step 4 with" in output
 
 
+@for_each_gpt
+def test_a_checkpoint_of_another_script_is_not_resumed(script, train, tmp_path):
+    """Nor is a model of characters fine-tuned on tokens. And the file stays as it is."""
+    other = char_gpt if script is bpe_gpt else bpe_gpt
+    train(other, "x.pt", FLAGS[other])
+    before = (tmp_path / "x.pt").read_bytes()
+    clue = f"x.pt was not written by this {script.__name__}$"
+    with pytest.raises(script.UserError, match=clue):
+        train(script, "x.pt", "--resume")
+    if script is bpe_gpt:
+        with pytest.raises(script.UserError, match=clue):
+            train(script, "y.pt", "--init x.pt")
+    assert (tmp_path / "x.pt").read_bytes() == before
+
+
+@for_each_gpt
+def test_the_progress_line_says_how_long_the_rest_will_take(script, monkeypatch, capsys):
+    """After a quarter of the steps, which took two minutes, six are left."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(script.time, "perf_counter", lambda: 1000.0 + 120)
+    script.show_progress(25, 1.23456, 240_000, 0.25, 1000.0)
+    expected = "step 25: loss 1.235, 2,000 tokens/s, 6.0 minutes left \r"
+    assert capsys.readouterr() == ("", expected)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    script.show_progress(25, 1.23456, 240_000, 0.25, 1000.0)
+    assert capsys.readouterr() == ("", ""), "a file gets no such lines"
+
+
+@for_each_gpt
+def test_the_progress_of_a_run_is_that_of_all_its_steps_without_the_break(
+    script, train, monkeypatch
+):
+    """A run of 12 steps is stopped after 4, and goes on an hour later."""
+    clock = [5000.0]
+    lines = []
+    monkeypatch.setattr(script.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(script, "show_progress", lambda *args: lines.append(args))
+    training_step = script.training_step
+
+    def step_of_ten_seconds(*args):
+        clock[0] += 10
+        lines.append(training_step(*args))
+        return lines[-1]
+
+    monkeypatch.setattr(script, "training_step", step_of_ten_seconds)
+    train(script, "x.pt", FLAGS[script] + " --max_iters 4")
+    clock[0] += 3600
+    train(script, "x.pt", "--resume --max_iters 12")
+    per_step = 64 if script is char_gpt else 128
+    losses, shown = lines[::2], lines[1::2]
+    assert len(shown) == 12
+    for i, (loss, line) in enumerate(zip(losses, shown), start=1):
+        n_steps = 4 if i <= 4 else 12
+        started = 5000.0 if i <= 4 else 5000.0 + 3600
+        assert line == (i, loss, i * per_step, i / n_steps, started)
+
+
 def test_a_checkpoint_of_an_older_version_gets_one_line(tmp_path):
     torch.save(dict(script="char_gpt", config={"fused": True}, model={}), tmp_path / "x.pt")
     for command in ("char_gpt.py --resume --out x.pt", "sample.py x.pt"):
@@ -638,11 +783,44 @@ def test_a_run_whose_loss_is_no_number_keeps_the_older_checkpoint(
         train(script, "x.pt", FLAGS[script])
     assert (tmp_path / "x.pt").read_bytes() == before
 
+
+@for_each_script
+def test_each_evaluation_prints_a_sample_with_the_same_random_numbers(script, capsys):
+    """Whatever has used others before, and after whichever step: only --seed changes them."""
+    tokenizer = bpe_gpt.train_bpe("", 257) if script is bpe_gpt else script.CharTokenizer("\nabc")
+    sizes = dict(block_size=16, vocab_size=len(tokenizer.tokens))
+    if script is bigram:
+        config = bigram.BigramConfig(**sizes)
+        model = bigram.BigramLanguageModel(config)
+    else:
+        config = script.GPTConfig(n_layer=1, n_head=1, n_embd=8, **sizes)
+        model = script.GPT(config)
+    data = [SimpleNamespace(prompts=["To be\nor", "not"])] if script is bpe_gpt else []
+
+    def sample():
+        script.report(checkpoint, model, tokenizer, *data, config)
+        return capsys.readouterr().out.split("\n", 1)[1]
+
+    checkpoint = dict(bytes_per_token=[1.0, 1.0], history=[(10, 100, 4.0, 4.0)])
+    torch.manual_seed(1)
+    first = sample()
+    assert len(first) > 30
+    lines = first.split("\n")
+    assert len(lines) > 2 and lines.pop() == "", "the sample ends with its last line"
+    assert all(line.startswith("    | ") for line in lines)
+    torch.manual_seed(2)
+    checkpoint["history"].append((20, 200, 3.0, 3.0))
+    assert sample() == first
+    config.seed += 1
+    assert sample() != first
+
+
 @for_each_script
 def test_the_figures_that_are_printed_are_the_losses(script, tmp_path):
-    """On a text with characters of two and three bytes: bits per byte are the loss, in bits, of all
-    validation tokens, divided by the bytes that they stand for."""
-    text = "Ünïcode → bytes, größer als Zeichen.\n" * 400
+    """Bits per byte are the loss, in bits, of all validation tokens, divided by the bytes that they
+    stand for. In this text, the characters of the validation part have more bytes."""
+    text = "Plain ASCII, and a few more words.\n" * 360
+    text += "Ünïcode → größer als Zeichen: 日本語.\n" * 40
     (tmp_path / "x.txt").write_text(text, encoding="utf-8")
     flags = "--data x.txt --block_size 32 --max_iters 20 --eval_interval 10 --out x.pt".split()
     if script is not bigram:
@@ -650,7 +828,10 @@ def test_the_figures_that_are_printed_are_the_losses(script, tmp_path):
     if script is bpe_gpt:
         flags += "--vocab_size 300 --total_batch_size 128".split()
     output, _ = run(f"{ROOT}/{script.__name__}.py", *flags, cwd=tmp_path)
-    history = torch.load(tmp_path / "x.pt")["history"]
+    checkpoint = torch.load(tmp_path / "x.pt")
+    history = checkpoint["history"]
+    of_train, of_val = checkpoint["bytes_per_token"]
+    assert of_train != pytest.approx(of_val, rel=0.2), "the text is right for this test"
     pattern = r"step (\d+): loss (\S+) train, (\S+) (?:val; (\S+)|\(perplexity (\S+), (\S+)) bits"
     lines = re.findall(pattern, output)
     assert [int(line[0]) for line in lines] == [10, 20]
@@ -666,6 +847,9 @@ def test_the_figures_that_are_printed_are_the_losses(script, tmp_path):
             first = tokenizer.tokens[tokens[0]]  # it is not predicted
             n_tokens = len(tokens) - 1
             n_bytes = len(val_text.encode()) - len(first)
+            before = re.search(r"^val loss (\S+) \(perplexity \S+, (\S+) bits", output, re.MULTILINE)
+            loss, bits = map(float, before.groups())
+            assert bits == pytest.approx(loss / math.log(2) * n_tokens / n_bytes, abs=2e-3)
         else:
             n_bytes = len(val_text.encode())
         bits = float(line[3] or line[5])
