@@ -934,7 +934,7 @@ def load_tokens(config, tokenizer):
     return train_data, val_data, tokenizer
 
 
-def choose_settings(flags, device, resumed, trained, more_settings):
+def choose_settings(flags, device, resumed, trained, more_settings={}):
     """The settings of a run. Where several of these lines apply to one of them, the last counts."""
     given = GPTConfig(**flags)
     if given.init == given.out and not resumed:
@@ -980,9 +980,9 @@ def read_folder(path, tokenizer):
 
 def must_match(config, train_data, val_data):
     """What has to be the same in all processes, and when a run is resumed."""
-    sizes = [config.n_layer, config.n_head, config.n_embd, config.block_size]
-    optimizers = config.muon_learning_rate > 0
-    return dict(text=[train_data.hash, val_data.hash], sizes=sizes, optimizers=optimizers)
+    size = [config.n_layer, config.n_head, config.n_embd, config.block_size]
+    optimizer = "Muon" if config.muon_learning_rate > 0 else "Adam"
+    return dict(text=[train_data.hash, val_data.hash], size=size, optimizer=optimizer)
 
 
 def new_checkpoint(config, tokenizer, train_data, val_data, trained):
@@ -1026,14 +1026,13 @@ def main(load_data=load_tokens, more_settings={}):
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device} in {dtype}")
-    if resumed:
-        checkpoint = trained | {"config": vars(config)}
-    else:
-        checkpoint = from_first_process(
-            new_checkpoint, config, tokenizer, train_data, val_data, trained)
+    parts = [config, tokenizer, train_data, val_data, trained]
+    checkpoint = trained if resumed else from_first_process(new_checkpoint, *parts)
+    checkpoint["config"] = vars(config)
     for name, value in must_match(config, train_data, val_data).items():
         if value != checkpoint["must_match"][name]:
-            raise UserError(f"{config.out} began with another {name}, or another process did")
+            other = f"--resume: {config.out}" if resumed else "the first process"
+            raise UserError(f"{other} began with another {name}")
     if not resumed:
         with autocast:
             loss = describe(evaluate(model, val_data), checkpoint["bytes_per_token"][1])

@@ -13,7 +13,7 @@ import regex  # comes with tiktoken
 import torch
 import torch.nn.functional as F
 from conftest import (
-    PLAY, ROOT, SHAKESPEARE, hugging_face, needs_gpt2_tokenizer, needs_shakespeare, run)
+    PLAY, ROOT, SHAKESPEARE, hugging_face, instruct, needs_gpt2_tokenizer, needs_shakespeare, run)
 from numpy_gpt2 import gpt2
 
 import bpe_gpt
@@ -694,27 +694,10 @@ def test_data_evaluate_py_evaluates_the_whole_text(untrained, tmp_path):
     assert bits == pytest.approx(expected * n_targets / math.log(2) / n_bytes, abs=2e-3)
 
 
-def test_the_model_that_is_named_is_evaluated_even_with_resume(
-    command, untrained, tmp_path, monkeypatch, capsys
-):
-    """Not the checkpoint at --out, which has other weights; and it stays as it is."""
-    command("x.pt", "--init", untrained, *STEPS.split(), "--max_iters", "2")
-    before = (tmp_path / "x.pt").read_bytes()
-    losses = []
-    for flags in (["--out", tmp_path / "none.pt"], ["--resume"]):
-        capsys.readouterr()
-        command("x.pt", "--eval_only", "--init", untrained, *flags)
-        losses.append(re.search(r"^loss (\S+) ", capsys.readouterr().out, re.MULTILINE)[1])
-    command("x.pt", "--eval_only", "--init", tmp_path / "x.pt")
-    trained = re.search(r"^loss (\S+) ", capsys.readouterr().out, re.MULTILINE)[1]
-    assert losses[0] == losses[1] != trained
-    assert (tmp_path / "x.pt").read_bytes() == before and not (tmp_path / "none.pt").exists()
-
-
 GPT2 = dict(vocab_size=50257, n_layer=12, n_head=12, n_embd=768, block_size=1024)
 ON_A_CPU = bpe_gpt.CPU_SETTINGS
 FINE_TUNING = bpe_gpt.FINE_TUNING_SETTINGS
-TO_ANSWER = bpe_gpt.INSTRUCTION_SETTINGS
+TO_ANSWER = instruct.SETTINGS
 MEDIUM = GPT2 | SIZES["gpt2-medium"]
 
 
@@ -727,27 +710,24 @@ MEDIUM = GPT2 | SIZES["gpt2-medium"]
         (dict(full=True), "cpu", GPT2),
         (dict(full=True, n_layer=3), "cpu", GPT2),
         (dict(dropout=0.3, n_head=2), "cpu", ON_A_CPU),
-        (dict(data="FOLDER"), "cpu", ON_A_CPU | dict(vocab_size=50257)),
-        (dict(data="FOLDER"), "cuda", GPT2),
         (dict(init="x"), "cpu", FINE_TUNING | MEDIUM),
         (dict(init="x"), "cuda", FINE_TUNING | MEDIUM),
         (dict(init="x", learning_rate=0.5, block_size=512), "cpu", FINE_TUNING | MEDIUM),
-        (dict(init="x", instructions="y"), "cpu", FINE_TUNING | TO_ANSWER | MEDIUM),
         (dict(init="x", full=True), "cpu", FINE_TUNING | MEDIUM),
-        (dict(instructions="y"), "cpu", ON_A_CPU | TO_ANSWER),
-        (dict(instructions="y"), "cuda", GPT2 | TO_ANSWER),
     ],
     ids=str,
 )
-def test_the_settings_of_a_run_are_those_of_its_kind(flags, device, expected, tmp_path):
+def test_the_settings_of_a_run_are_those_of_its_kind(flags, device, expected):
     """And what is given as a flag counts most. Fine-tuning on a CPU, for example, has the sizes of
     the model that it begins with, but neither its other settings nor those of the small model."""
-    if flags.get("data") == "FOLDER":
-        flags = flags | {"data": str(tmp_path)}
     trained = {"config": vars(GPTConfig(**MEDIUM, seed=99, weight_decay=9.0, data="z"))}
-    config = bpe_gpt.choose_settings(
-        flags, torch.device(device), False, trained if "init" in flags else None)
+    trained = trained if "init" in flags else None
+    config = bpe_gpt.choose_settings(flags, torch.device(device), False, trained)
     assert config == GPTConfig(**expected | flags)
+    # To answer instructions, it has some others, but for the sizes of what is fine-tuned.
+    config = bpe_gpt.choose_settings(flags, torch.device(device), False, trained, TO_ANSWER)
+    sizes = MEDIUM if trained else {}
+    assert config == GPTConfig(**expected | TO_ANSWER | sizes | flags)
 
 
 def test_a_resumed_run_has_its_own_settings_but_for_where_it_runs_and_the_flags():

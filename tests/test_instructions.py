@@ -274,8 +274,8 @@ def test_the_seed_decides_which_records_are_held_back(tmp_path, tokenizer):
     path = write_records(tmp_path / "x.json", RECORDS * 3)
     held_back = []
     for seed in (1, 1, 2, 3):
-        config = GPTConfig(instructions=path, seed=seed)
-        _, val_data, _ = bpe_gpt.load_instructions(config, tokenizer)
+        config = GPTConfig(data=path, seed=seed)
+        _, val_data, _ = instruct.load_instructions(config, tokenizer)
         held_back.append([x.tolist() for x, _ in val_data.rows])
     assert held_back[0] == held_back[1]
     assert held_back[0] != held_back[2] != held_back[3] != held_back[0]
@@ -323,11 +323,13 @@ def test_a_response_is_shown_up_to_its_end(tokenizer, monkeypatch, capsys):
 
     monkeypatch.setattr(bpe_gpt, "generate", generate)
     head = types.SimpleNamespace(weight=torch.zeros(1))
-    checkpoint = dict(bytes_per_token=[1.0, 1.0], history=[(10, 100, 4.0, 4.0)])
+    checkpoint = dict(
+        bytes_per_token=[1.0, 1.0], history=[(10, 100, 4.0, 4.0)], last=dict(seconds=1.0))
     data = types.SimpleNamespace(prompts=["one:", "two:", "three:"])
     model = types.SimpleNamespace(lm_head=head)
+    monkeypatch.setattr(bpe_gpt, "utilization", lambda *args: 0.5)
     bpe_gpt.report(checkpoint, model, tokenizer, data, GPTConfig())
-    shown = capsys.readouterr().out.splitlines()[1:]
+    shown = capsys.readouterr().out.splitlines()[2:]
     assert shown == ["    | one:", "    | two:ab", "    | three:ba"]
 
 
@@ -385,9 +387,9 @@ def test_a_run_is_not_resumed_with_records_that_were_edited(taught, name):
     edited[edited.index(record)][name] = "Hail."
     (folder / "edited.json").write_text(json.dumps(edited))
     before = (folder / "out" / "bpe_gpt.pt").read_bytes()
-    flags = "--resume --max_iters 83 --instructions edited.json"
+    flags = "--resume --max_iters 83 --data edited.json"
     error = one_line_error(SCRIPT, *flags.split(), cwd=folder)
-    assert "--resume: out/bpe_gpt.pt began with other data" in error
+    assert "--resume: out/bpe_gpt.pt began with another text" in error
     assert (folder / "out" / "bpe_gpt.pt").read_bytes() == before
 
 

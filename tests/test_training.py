@@ -550,14 +550,14 @@ def test_an_edited_text_is_refused_on_resuming_even_if_the_first_batch_is_the_sa
         edited = text[:place] + text[place + 1] + text[place] + text[place + 2 :]
         if edited != text:
             (tmp_path / "edited.txt").write_text(edited, encoding="utf-8")
-            with pytest.raises(ValueError, match="began with (another text|other data)"):
+            with pytest.raises(ValueError, match="began with another text"):
                 train(script, "x.pt", "--resume --max_iters 8 --data edited.txt")
 
 
 @pytest.mark.parametrize("first, then", [("0.02", "0"), ("0", "0.02")])
 def test_the_kind_of_optimizer_cannot_change_in_the_middle_of_a_run(train, first, then):
     train(bpe_gpt, "x.pt", FLAGS[bpe_gpt] + f" --max_iters 4 --muon_learning_rate {first}")
-    with pytest.raises(ValueError, match="began with other data, sizes or optimizers"):
+    with pytest.raises(ValueError, match="began with another optimizer"):
         train(bpe_gpt, "x.pt", f"--resume --max_iters 8 --muon_learning_rate {then}")
 
 
@@ -799,9 +799,11 @@ def test_each_evaluation_prints_a_sample_with_the_same_random_numbers(script, ca
 
     def sample():
         script.report(checkpoint, model, tokenizer, *data, config)
-        return capsys.readouterr().out.split("\n", 1)[1]
+        losses, *lines = capsys.readouterr().out.split("\n")
+        return "\n".join(line for line in lines if not line.startswith("after "))  # the speed
 
-    checkpoint = dict(bytes_per_token=[1.0, 1.0], history=[(10, 100, 4.0, 4.0)])
+    checkpoint = dict(
+        bytes_per_token=[1.0, 1.0], history=[(10, 100, 4.0, 4.0)], last=dict(seconds=1.0))
     torch.manual_seed(1)
     first = sample()
     assert len(first) > 30
