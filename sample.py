@@ -69,7 +69,8 @@ class SampleConfig:
 # make this tail of the distribution thinner, or cut it off.
 
 def choose(logits, config):
-    """Draw a token according to the settings: (B, vocab_size) to (B, 1)."""
+    """Draw a token according to the settings: (B, vocab_size) to (B, 1). No setting cuts off the
+    likeliest token, and a top_k of more tokens than there are cuts off none."""
     if config.temperature < 1e-9:  # the limit: all probability is on the likeliest token
         return logits.argmax(dim=-1, keepdim=True)
     logits, tokens = logits.float().sort(dim=-1, descending=True)  # the likeliest first
