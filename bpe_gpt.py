@@ -43,7 +43,7 @@ import torch.nn.functional as F
 @dataclass
 class GPTConfig:
     vocab_size: int = 50257  # GPT-2's own vocabulary; any other size is learned from the text
-    n_layer: int = 12  # transformer blocks
+    n_layer: int = 12  # transformer blocks, each of attention and an MLP
     n_head: int = 12  # attention heads per block; must divide n_embd
     n_embd: int = 768  # width: how many numbers represent a token inside the model
     block_size: int = 1024  # context: how many tokens the model can look at
@@ -265,7 +265,7 @@ class Cache:
         self.length = 0  # tokens so far
 
     def append(self, k, v):
-        """Adds those of new tokens, (B, n_head, T, head_size); returns those of all S tokens."""
+        """Adds new tokens' keys and values, (B, n_head, T, head_size); returns all S tokens'."""
         if self.length == 0:
             B, n_head, _, head_size = k.shape
             self.k = k.new_empty(B, n_head, self.context_size, head_size)
@@ -551,7 +551,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
     # Dropout sets some numbers inside the model to zero, at random, so that it cannot rely on any
-    # of them and overfits less. PyTorch's train() turns it on, eval() off. Seed and step say which.
+    # of them and overfits less. Seed and step decide which. train() turns it on, eval() off.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()
     model.zero_grad()

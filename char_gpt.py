@@ -8,8 +8,8 @@ generation and the evaluation are the same as there; the model and its training 
     python char_gpt.py --full         # the full 6-layer, 384-wide model on a CPU too: 31 minutes
     python char_gpt.py --resume       # continue a run that was stopped
 
-On Tiny Shakespeare the validation loss falls from 4.2 to 1.48 (small) or 1.42 (full). bpe_gpt.py,
-which comes next, is the same model at the size of GPT-2, on parts of words instead of characters.
+The validation loss on Tiny Shakespeare, 1.1 million characters, falls from 4.2 to 1.48 (small) or
+1.42 (full). bpe_gpt.py comes next: the same model as large as GPT-2, on parts of words.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -40,7 +40,7 @@ import torch.nn.functional as F
 @dataclass
 class GPTConfig:
     vocab_size: int = 65  # number of distinct characters; taken from the text
-    n_layer: int = 6  # transformer blocks
+    n_layer: int = 6  # transformer blocks, each of attention and an MLP
     n_head: int = 6  # attention heads per block; must divide n_embd
     n_embd: int = 384  # width: how many numbers represent a token inside the model
     block_size: int = 256  # context: how many characters the model can look at

@@ -6,7 +6,7 @@
 The transformers library loads such a folder with GPT2LMHeadModel.from_pretrained("my_gpt2"). It has
 the weights (model.safetensors), the sizes (config.json) and the vocabulary (vocab.json and
 merges.txt, or tokenizer.json). Others' folders may ask for something that bpe_gpt.py does not do.
-Those are refused: to compute something else without a word would be worse.
+Those are refused, since their results would be wrong here.
 """
 # /// script
 # requires-python = ">=3.11"
