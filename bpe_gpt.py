@@ -196,7 +196,6 @@ class TextData:
     """An array of tokens, cut into stretches of block_size tokens, or fewer if it is shorter. The
     inputs x and targets y that training_batch() returns depend only on seed and step."""
     prompts = ["\n"]  # what report() lets the model continue
-    templates = []  # of prompts: see data/instruct.py
     max_evaluated = 1_000_000  # tokens
     def __init__(self, tokens, config):
         if len(tokens) < 2:
@@ -534,12 +533,13 @@ def evaluate(model, data):
     """Mean loss over all targets in data that count; each process takes a share of the batches."""
     model.eval()
     device = model.lm_head.weight.device
-    sums = torch.zeros(2, device=device)  # of the losses; of the targets
+    sums = torch.zeros(2, dtype=torch.float64)  # of the losses; of the targets
     for x, y in itertools.islice(data.evaluation_batches(), RANK, None, N_PROCESSES):
         _, loss = model(x.to(device), y.to(device))
         n = (y != -100).sum().item()
-        sums += torch.tensor([n * loss.item(), n], device=device)
+        sums += torch.tensor([n * loss.item(), n], dtype=torch.float64)
     if N_PROCESSES > 1:
+        sums = sums.to(device)
         dist.all_reduce(sums)
     return (sums[0] / sums[1]).item()
 
@@ -555,7 +555,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()
     model.zero_grad()
-    total_loss = 0.0
+    total_loss = torch.zeros((), device=x.device)
     n_targets = (y != -100).sum()  # in the whole step
     xs = x[RANK::N_PROCESSES].split(config.batch_size)  # this process's share, in batches
     ys = y[RANK::N_PROCESSES].split(config.batch_size)
@@ -567,7 +567,8 @@ def training_step(model, optimizers, x, y, step, config, autocast):
             _, loss = model(batch_x, batch_y)
         loss = loss * (batch_y != -100).sum() / n_targets  # its part of the mean over the step
         loss.backward()
-        total_loss += loss.detach()
+        if len(batch_x) > 0:  # with fewer rows than processes, some have none, and a mean of nan
+            total_loss += loss.detach()
     if N_PROCESSES > 1:
         tensors = [total_loss, *(p.grad for p in model.parameters() if p.grad is not None)]
         vector = nn.utils.parameters_to_vector(tensors)  # one long vector: one message, not 149
@@ -662,8 +663,7 @@ def show_cost(config, model, train_data, step):
     x, _ = train_data.training_batch(0)
     passes = config.max_iters * len(x) / train_data.n_rows
     n_evaluations = math.ceil(config.max_iters / config.eval_interval)
-    # In a checkpoint: the latest weights, the best ones, and at most two means, in 4 bytes each.
-    gigabytes = 16 * sum(p.numel() for p in model.parameters()) / 1e9
+    gigabytes = 16 * sum(p.numel() for p in model.parameters()) / 1e9  # weights, best ones, means
     print(f"steps {step:,} to {config.max_iters:,} of {x.numel():,} tokens: "
           f"{x.numel() * config.max_iters:,} in all, {passes:.2g} passes through the data; "
           f"{n_evaluations} checkpoints of at most {gigabytes:.2g} GB")
@@ -765,8 +765,10 @@ def load_pretrained(name):
 
 def build_model(checkpoint, config):
     """The model in a checkpoint. If block_size is smaller, it has the first positions only."""
-    if config.n_head != checkpoint["config"]["n_head"]:  # the weights do not show this
-        raise UserError(f"--n_head is {checkpoint['config']['n_head']} in this model")
+    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        size = checkpoint["config"][name]
+        if getattr(config, name) != size and (name != "block_size" or config.block_size > size):
+            raise UserError(f"--{name} is {size} in this model")
     state = dict(checkpoint["model"])
     state.setdefault("lm_head.weight", state["transformer.wte.weight"])  # not in published files
     wpe = state.get("transformer.wpe.weight")
@@ -922,7 +924,7 @@ def from_first_process(function, *args):
 
 def load_tokens(config, tokenizer):
     """Training data (90% of a text), validation data (10%) and the tokenizer."""
-    if os.path.isdir(config.data):
+    if from_first_process(os.path.isdir, config.data):
         parts = read_folder(config.data, tokenizer)
     else:
         text = from_first_process(load_text, config.data)
@@ -937,7 +939,7 @@ def load_tokens(config, tokenizer):
 def choose_settings(flags, device, resumed, trained, more_settings={}):
     """The settings of a run. Where several of these lines apply to one of them, the last counts."""
     given = GPTConfig(**flags)
-    if given.init == given.out and not resumed:
+    if os.path.realpath(given.init) == os.path.realpath(given.out) and not resumed:
         raise UserError("--init and --out are the same file: give another --out")
     settings = {}
     small = device.type != "cuda" and not (given.full or given.init or resumed)
@@ -991,7 +993,7 @@ def new_checkpoint(config, tokenizer, train_data, val_data, trained):
         written_by="bpe_gpt", config=vars(config), vocab=tokenizer.tokens,
         text_before=trained["text_before"] if trained else before,  # before each text
         bytes_per_token=[bytes_per_token(data, tokenizer) for data in (train_data, val_data)],
-        templates=train_data.templates,  # of a model that answers instructions
+        templates=getattr(train_data, "templates", []),  # of prompts: see data/instruct.py
         must_match=must_match(config, train_data, val_data),
         history=[],  # of each evaluation: step, tokens read, training and validation loss
         log=[],  # of each evaluation and each hundredth step: what write_log() writes
@@ -1030,7 +1032,7 @@ def main(load_data=load_tokens, more_settings={}):
     checkpoint = trained if resumed else from_first_process(new_checkpoint, *parts)
     checkpoint["config"] = vars(config)
     for name, value in must_match(config, train_data, val_data).items():
-        if value != checkpoint["must_match"][name]:
+        if value != checkpoint.get("must_match", {}).get(name):
             other = f"--resume: {config.out}" if resumed else "the first process"
             raise UserError(f"{other} began with another {name}")
     if not resumed:

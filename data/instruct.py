@@ -141,5 +141,9 @@ if __name__ == "__main__":
         bpe_gpt.main(load_instructions, SETTINGS)
     except (OSError, UserError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        sys.exit("error: out of memory; lower --batch_size, then --block_size")
     except KeyboardInterrupt:
         sys.exit("stopped; if this run has been evaluated, --resume continues from there")

@@ -5,6 +5,7 @@ import math
 import random
 import re
 import sys
+import types
 from collections import Counter
 
 import numpy as np
@@ -930,3 +931,43 @@ def test_fine_tuning_does_not_replace_the_model_that_it_begins_with(command, tmp
     with pytest.raises(ValueError, match="--init and --out are the same file"):
         command("x.pt", "--init", tmp_path / "x.pt", *STEPS.split())
     assert (tmp_path / "x.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", ["n_layer 3", "n_head 2", "n_embd 64", "block_size 64"])
+def test_a_size_that_a_model_does_not_have_gets_one_line(command, untrained, flag):
+    name, value = flag.split()
+    with pytest.raises(bpe_gpt.UserError, match=f"--{name} is [0-9]+ in this model"):
+        command("x.pt", "--init", untrained, f"--{name}", value)
+
+
+def test_a_process_without_rows_does_not_make_the_loss_nan(monkeypatch):
+    """A short text may have fewer rows than there are processes."""
+    config = GPTConfig(**SMALL)
+    model = GPT(config)
+    data = data_of(np.arange(40) % 300, block_size=48)
+    x, y = data.training_batch(0)
+    monkeypatch.setattr(bpe_gpt, "N_PROCESSES", 2)
+    monkeypatch.setattr(bpe_gpt, "RANK", 1)
+    monkeypatch.setattr(bpe_gpt.dist, "all_reduce", lambda tensor: None)
+    autocast = torch.autocast("cpu", enabled=False)
+    assert len(x) == 1 and bpe_gpt.training_step(model, [], x, y, 0, config, autocast) == 0
+
+
+def test_a_loss_is_added_up_exactly():
+    """In float32, a count beyond 16,777,216 would take no more single tokens."""
+    y = torch.zeros(1, 1, dtype=torch.long)
+    many = torch.zeros(1, 1).expand(1, 2**24).long()
+    batches = [(many, many), *[(y, y)] * 5]
+
+    class Model:
+        """The loss of a single token is 1, and that of many tokens 0."""
+        lm_head = types.SimpleNamespace(weight=torch.zeros(1))
+
+        def eval(self):
+            pass
+
+        def __call__(self, x, targets):
+            return None, torch.tensor(float(targets.shape[1] == 1))
+
+    data = types.SimpleNamespace(evaluation_batches=lambda: iter(batches))
+    assert evaluate(Model(), data) == pytest.approx(5 / (2**24 + 5), rel=1e-9)
