@@ -662,11 +662,10 @@ def show_cost(config, model, train_data, step):
     """What the run will take, before it begins."""
     x, _ = train_data.training_batch(0)
     passes = config.max_iters * len(x) / train_data.n_rows
-    n_evaluations = math.ceil(config.max_iters / config.eval_interval)
     gigabytes = 16 * sum(p.numel() for p in model.parameters()) / 1e9  # weights, best ones, means
     print(f"steps {step:,} to {config.max_iters:,} of {x.numel():,} tokens: "
           f"{x.numel() * config.max_iters:,} in all, {passes:.2g} passes through the data; "
-          f"{n_evaluations} checkpoints of at most {gigabytes:.2g} GB")
+          f"a checkpoint of at most {gigabytes:.2g} GB every {config.eval_interval} steps")
 
 
 def bytes_per_token(data, tokenizer):
@@ -704,7 +703,8 @@ def report(checkpoint, model, tokenizer, val_data, config):
 
 
 def utilization(model, config, tokens_per_second):
-    """What training computes as a share of what the device could (Chowdhery et al. 2022, B)."""
+    """Model flops utilization (MFU): the share of the device's speed that training makes use of.
+    (Chowdhery et al. 2022, appendix B, count the operations per token.)"""
     device = model.lm_head.weight.device
     n_params = sum(p.numel() for p in model.parameters())
     per_token = 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size

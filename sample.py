@@ -39,7 +39,7 @@ from char_gpt import (
 
 @dataclass
 class SampleConfig:
-    prompt: str = ""  # text to continue (in bash, $'ROMEO:\\n' has a line break)
+    prompt: str = ""  # text to continue (in bash, $'ROMEO:\n' has a line break)
     instruct: str = ""  # instruction to answer, for a model that data/instruct.py has trained
     input: str = ""  # what the instruction is about
     interactive: bool = False  # ask for prompts, or instructions
@@ -50,7 +50,7 @@ class SampleConfig:
     top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
     min_p: float = 0.0  # sample from tokens at least this fraction as likely as the likeliest
     beam: int = 0  # instead of sampling, search for the likeliest text, among this many at a time
-    stop: str = ""  # end a text before these characters (in bash, $'\\n' is a line break)
+    stop: str = ""  # end a text before these characters (in bash, $'\n' is a line break)
     ignore_end: bool = False  # continue even after the model's end-of-text token
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 for a large model, if it is fast here
@@ -189,8 +189,8 @@ def quote(tokenizer, token):
 
 @torch.no_grad()
 def next_log_probs(model, idx):
-    """For each token of idx (1, T), the log-probabilities of the next one: (T, vocab_size). A text
-    that is too long for the context is read in windows, and at least half of one is seen."""
+    """For each token of idx (1, T), the log-probabilities of the next one: (T, vocab_size). In a
+    text that is longer than the context, each prediction sees at least half a context."""
     size = model.context_size
     step = max(1, size // 2)
     rows = [model(idx[:, :size])[0][0]]
@@ -403,7 +403,8 @@ def parse_flags(Config):
     for name in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "num_samples"):
         if not flags.get(name, 0) >= 0:  # nan is neither
             raise UserError(f"--{name} must not be negative")
-        if name in flags and flags.get("beam") and name not in ("max_new_tokens", "num_samples"):
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        if name in flags and flags.get("beam"):
             raise UserError(f"--beam searches for the likeliest text: --{name} has no effect")
     return flags
 

@@ -1,7 +1,7 @@
 """The loss of a model on the whole of a text, and its perplexity and bits per byte.
 
-    python data/evaluate.py gpt2 wiki.test.raw     # a published model, or a checkpoint of bpe_gpt.py
-    python data/evaluate.py out/bpe_gpt.pt data/corpus    # of a folder of data/prepare.py: val.bin
+    python data/evaluate.py gpt2 wiki.test.raw            # a published model, on a text file
+    python data/evaluate.py out/bpe_gpt.pt data/corpus    # a checkpoint, on a folder's val.bin
 
 The text is cut into windows as long as the model's context, end to end.
 """
@@ -11,7 +11,6 @@ The text is cut into windows as long as the model's context, end to end.
 # ///
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path

@@ -5,8 +5,8 @@
     python data/instruct.py                              # a small model from scratch, on a CPU
     python sample.py --instruct "Name the opposite." --input "heavy"
 
-The flags are those of bpe_gpt.py. The file has a list of records, as Stanford Alpaca's (Taori et al.
-2023): [{"instruction": "Name the opposite.", "input": "heavy", "output": "light"}, ...].
+The flags are those of bpe_gpt.py. The file has a list of records, like Stanford Alpaca's (Taori et
+al. 2023): [{"instruction": "Name the opposite.", "input": "heavy", "output": "light"}, ...].
 """
 # /// script
 # requires-python = ">=3.11"
@@ -98,6 +98,7 @@ class InstructionData:
     """In place of TextData: each record is a row. Instructions are only read; what the model learns
     is the response, and the end-of-text token after it. Nothing else counts in the loss."""
     templates = TEMPLATES
+
     def __init__(self, records, tokenizer, config):
         self.config = config
         self.prompts = [make_prompt(record) for record in records[:3]]

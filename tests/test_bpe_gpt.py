@@ -834,7 +834,7 @@ def test_what_a_run_will_take_is_printed_before_it_begins(capsys):
     n = sum(p.numel() for p in model.parameters())
     assert capsys.readouterr().out == (
         f"steps 12 to 37 of 160 tokens: 5,920 in all, {370 / 61:.2g} passes through the data; "
-        f"4 checkpoints of at most {16 * n / 1e9:.2g} GB\n")
+        f"a checkpoint of at most {16 * n / 1e9:.2g} GB every 10 steps\n")
 
 
 def test_a_checkpoint_is_not_larger_than_it_was_said_to_be(command, tmp_path, capsys):
