@@ -15,6 +15,7 @@ from 124 million to 1.5 billion parameters; fine-tuning them; dropout; and sever
 
 import argparse
 import hashlib
+import heapq
 import inspect
 import itertools
 import json
@@ -24,10 +25,11 @@ import pickle
 import socket
 import sys
 import time
+import timeit
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -105,54 +107,58 @@ def train_bpe(text, vocab_size):
     the end-of-text token, it has 256 + 50,000 + 1 = 50,257 tokens.
 
     For example, "low lower lowest" is split into "low", " lower" and " lowest". The pairs l-o and
-    o-w occur three times each. When there is a tie, the pair with the lower token numbers comes
-    first: l-o becomes the token "lo". The next merges are lo-w (three times), then space-low and
-    " low"-e (twice each). After that no pair occurs twice, and learning ends."""
-    words = regex.findall(WORDS, text)
-    # Very long words, as in DNA or Chinese, are learned in parts of 100 characters, to save time.
-    word_counts = Counter(word[i : i + 100] for word in words for i in range(0, len(word), 100))
-    ids = {word: list(word.encode()) for word in word_counts}  # a byte is its own token number
-    # A merge changes only the words that contain its pair, so only their pairs are counted again.
+    o-w occur three times each. In a tie, the pair with the lower token numbers comes first, so l-o
+    becomes the token "lo". The next merges are lo-w (three times), space-low and " low"-e (twice
+    each). Then no pair occurs twice, and learning ends. To count all pairs again after each merge
+    would take hours: the counts are only corrected where something was merged, and beside it."""
+    words = Counter(regex.findall(WORDS, text))
+    # The tokens of all different words, with -1 after each word; and how often that word occurs.
+    ids = np.array([token for word in words for token in [*word.encode(), -1]], np.int32)
+    times = np.array([n for word, n in words.items() for _ in [*word.encode(), -1]], np.int32)
     pair_counts = Counter()
-    words_with = defaultdict(set)  # the words that contain a pair, or did so before
+    heap = []  # of (-count, pair), some out of date; heappop() takes out the smallest
 
-    def count_pairs(word, sign):
-        for pair in zip(ids[word], ids[word][1:]):
-            pair_counts[pair] += sign * word_counts[word]
-            words_with[pair].add(word)
+    def count_pairs(starts, sign):  # of the pairs that begin at these positions of ids
+        changes = Counter()
+        for a, b, n in zip(ids[starts].tolist(), ids[starts + 1].tolist(), times[starts].tolist()):
+            if -1 not in (a, b):
+                changes[a, b] += sign * n
+        pair_counts.update(changes)  # adds the numbers
+        for pair in changes:
+            if pair_counts[pair] > 1:
+                heapq.heappush(heap, (-pair_counts[pair], pair))
 
-    for word in word_counts:
-        count_pairs(word, +1)
+    count_pairs(np.arange(len(ids) - 1), +1)
     tokens = [bytes([b]) for b in range(256)]
-    while len(tokens) < vocab_size - 1:  # the last one is the end-of-text token
-        highest = max(pair_counts.values(), default=0)
-        if highest < 2:
-            break
-        pair = min(pair for pair, count in pair_counts.items() if count == highest)
-        for word in list(words_with[pair]):
-            count_pairs(word, -1)
-            ids[word] = merge(ids[word], pair, len(tokens))
-            count_pairs(word, +1)
+    while heap and len(tokens) < vocab_size - 1:  # the last one is the end-of-text token
+        count, pair = heapq.heappop(heap)
+        if pair_counts[pair] != -count:  # out of date
+            continue
+        starts = find_pair(ids, pair)
+        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # each position once
+        ids[starts] = len(tokens)
+        ids = np.delete(ids, starts + 1)
+        times = np.delete(times, starts + 1)
+        starts = np.flatnonzero(ids == len(tokens))
+        count_pairs(np.unique([starts - 1, starts]), +1)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
     return BPETokenizer([*tokens, END_OF_TEXT.encode()])
 
 
-def merge(ids, pair, new):
-    """The same tokens, with every occurrence of the pair replaced by the new token."""
-    merged = []
-    for token in ids:
-        if merged and (merged[-1], token) == pair:
-            merged[-1] = new
-        else:
-            merged.append(token)
-    return merged
+def find_pair(ids, pair):
+    """Where the pair begins in the array ids. No token is used twice: in a a a, a-a occurs once."""
+    starts = []
+    for i in np.flatnonzero((ids[:-1] == pair[0]) & (ids[1:] == pair[1])).tolist():
+        if not starts or i > starts[-1] + 1:
+            starts.append(i)
+    return np.array(starts)
 
 
 def encode_word(word, ranks):
-    """How a word, as bytes, becomes tokens: of the neighbours that together are a token, those with
-    the lowest number are merged, as this was learned first; and again, until there are none. ranks
-    gives the number of each token. Where "lo", "ow" and "er" were learned in this order, "lower"
-    becomes l o w e r, then lo w e r, then lo w er: there is no o left for "ow"."""
+    """The tokens of a word, given as bytes; ranks has the number of each token. Of all neighbours
+    that together are a token, those with the lowest number, which was learned first, are merged,
+    again and again. Where "lo", "ow" and "er" were learned in this order, "lower" becomes
+    l o w e r, then lo w e r, then lo w er: there is no o left for "ow"."""
     parts = [bytes([b]) for b in word]
     while len(parts) > 1:
         merged = [a + b for a, b in zip(parts, parts[1:])]
@@ -253,8 +259,10 @@ def make_batch(rows):
 
 # In the shapes below, B is the batch size, T the number of tokens in a sequence, and C = n_embd.
 # Inside the model every token is a vector of C numbers: x is (B, T, C), from embedding to scores.
+
 # Layer norm, GELU and attention are PyTorch's here; char_gpt.py writes them out.
 LayerNorm = nn.LayerNorm
+GELU = partial(nn.GELU, approximate="tanh")  # as GELU(), with this argument
 
 class Cache:
     """The keys and values that a block has computed so far. No token sees the ones after it, so
@@ -313,7 +321,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)  # fc for fully connected
-        self.gelu = nn.GELU(approximate="tanh")
+        self.gelu = GELU()
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
@@ -321,12 +329,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP. Each adds its result to x instead of replacing it. So x is a stream
-    that runs through all blocks, the residual stream, from which they read and to which they write.
-
-    This makes deep models trainable (He et al. 2015): the derivative of x + f(x) is 1 + f'(x), and
-    through the 1 the gradient reaches every block undiminished. Layer norm is only for what
-    attention and MLP read. On the stream, it would rescale the gradient each time."""
+    """Attention, then the MLP; each adds its result to the residual stream x (see char_gpt.py)."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd)
@@ -379,8 +382,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_path, **settings):
         """For use from Python: a trained model, one of SIZES or a checkpoint."""
         checkpoint = load_pretrained(name_or_path)
-        config = GPTConfig(**checkpoint["config"] | settings)
-        return build_model(checkpoint, config).eval()
+        return build_model(checkpoint, GPTConfig(**checkpoint["config"] | settings)).eval()
 
     def forward(self, idx, targets=None, caches=None):
         """Tokens idx (B, T) to logits (B, T, vocab_size); with targets (B, T), also the loss. With
@@ -390,8 +392,6 @@ class GPT(nn.Module):
         if start + T > self.context_size:
             raise UserError(f"{start + T} tokens do not fit into a context of {self.context_size}")
         assert start == 0 or T == 1, "caches that are not empty take one token at a time"
-        # The weight of a token in attention does not depend on where it stands. So its vector must
-        # say that, too: one embedding is of the token, one of its position.
         positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
@@ -555,22 +555,20 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()
     model.zero_grad()
-    total_loss = torch.zeros((), device=x.device)
+    loss = torch.zeros((), device=x.device)
     n_targets = (y != -100).sum()  # in the whole step
     xs = x[RANK::N_PROCESSES].split(config.batch_size)  # this process's share, in batches
     ys = y[RANK::N_PROCESSES].split(config.batch_size)
     # Gradient accumulation: the gradients of the batches add up; memory has to hold only one batch.
     for batch_x, batch_y in zip(xs, ys):
-        # Mixed precision: matrix products in bfloat16 where that is faster. It has float32's range,
-        # but fewer digits. The weights stay in float32, or rounding would swallow small updates.
-        with autocast:
-            _, loss = model(batch_x, batch_y)
-        loss = loss * (batch_y != -100).sum() / n_targets  # its part of the mean over the step
-        loss.backward()
+        with autocast:  # mixed precision: see char_gpt.py
+            _, mean = model(batch_x, batch_y)
+        batch_loss = mean * (batch_y != -100).sum() / n_targets  # its part of the step's mean
+        batch_loss.backward()
         if len(batch_x) > 0:  # with fewer rows than processes, some have none, and a mean of nan
-            total_loss += loss.detach()
+            loss += batch_loss.detach()
     if N_PROCESSES > 1:
-        tensors = [total_loss, *(p.grad for p in model.parameters() if p.grad is not None)]
+        tensors = [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
         vector = nn.utils.parameters_to_vector(tensors)  # one long vector: one message, not 149
         dist.all_reduce(vector)  # the sum over all processes, in place
         nn.utils.vector_to_parameters(vector, tensors)
@@ -580,7 +578,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
         raise UserError(f"infinite gradient in step {step + 1}: try lower learning rates")
     for optimizer in optimizers:
         optimizer.step(multiplier)
-    return total_loss.item()
+    return loss.item()
 
 
 def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
@@ -605,8 +603,8 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
             with autocast:
                 val_loss = evaluate(model, val_data)
             checkpoint["history"].append((step, n_read, sum(losses) / len(losses), val_loss))
-            checkpoint["log"].append(dict(step=step, tokens=n_read, val_loss=val_loss))
             losses = []
+            checkpoint["log"].append(dict(step=step, tokens=n_read, val_loss=val_loss))
             if RANK == 0:
                 save(checkpoint, started, model, optimizers, config.out)
                 write_log(checkpoint["log"], config.out)
@@ -629,6 +627,10 @@ def save(checkpoint, started, model, optimizers, path):
     step, n_read, _, val_loss = checkpoint["history"][-1]
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
+    earlier = checkpoint["history"][:-1]
+    if earlier and os.path.exists(path):
+        if load_checkpoint(path, "bpe_gpt", mmap=True)["history"] != earlier:
+            raise UserError(f"another run has replaced {path}: give each run an --out of its own")
     copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
     weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
@@ -703,8 +705,7 @@ def report(checkpoint, model, tokenizer, val_data, config):
 
 
 def utilization(model, config, tokens_per_second):
-    """Model flops utilization (MFU): the share of the device's speed that training makes use of.
-    (Chowdhery et al. 2022, appendix B, count the operations per token.)"""
+    """Model flops utilization (MFU; Chowdhery et al. 2022, B): the share of its speed in use."""
     device = model.lm_head.weight.device
     n_params = sum(p.numel() for p in model.parameters())
     per_token = 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size
@@ -714,15 +715,11 @@ def utilization(model, config, tokens_per_second):
 
 @lru_cache  # measured only once
 def matrix_rate(device, dtype):
-    """Operations per second in products of large matrices."""
-    n = 4096 if device.type == "cuda" else 1024
+    """Operations per second in a product of two large matrices: the best of 20."""
+    n = 8192 if device.type == "cuda" else 1024
     x = torch.randn(n, n, device=device, dtype=dtype)
-    (x @ x).sum().item()  # the first product takes longer; item() waits until it is there
-    started = time.perf_counter()
-    for _ in range(20):
-        y = x @ x
-    y.sum().item()
-    return 20 * 2 * n**3 / (time.perf_counter() - started)
+    seconds = timeit.repeat(lambda: (x @ x)[0, 0].item(), repeat=20, number=1)  # item() waits
+    return 2 * n**3 / min(seconds)
 
 # ---- Published weights --------------------------------------------------------------------------
 
@@ -941,6 +938,9 @@ def choose_settings(flags, device, resumed, trained, more_settings={}):
     given = GPTConfig(**flags)
     if os.path.realpath(given.init) == os.path.realpath(given.out) and not resumed:
         raise UserError("--init and --out are the same file: give another --out")
+    trial = Path(f"{given.out}.{os.getpid()}.tmp")  # any error comes now, not after hours
+    trial.touch()
+    trial.unlink()
     settings = {}
     small = device.type != "cuda" and not (given.full or given.init or resumed)
     if small:

@@ -258,15 +258,6 @@ def test_the_cache_changes_no_score(n):
     assert (torch.cat(parts, dim=1) - expected[:, n - 1 :]).abs().max() < 1e-5
 
 
-def test_very_long_words_are_learned_in_parts():
-    """Or a text without spaces would take hours: every merge would go through all of it."""
-    word = "ab" * 10_000
-    tokenizer = train_bpe(word, 300)
-    tokens = tokenizer.tokens[256:-1]
-    assert 32 < max(map(len, tokens)) <= 100
-    assert tokenizer.decode(tokenizer.encode(word)) == word
-
-
 def test_several_tokens_at_once_are_refused_when_the_cache_is_in_use():
     """They would need a mask of their own, and nothing here needs them."""
     model, idx = build(), torch.randint(300, (1, 10))
@@ -439,8 +430,16 @@ def test_a_vocabulary_is_learned_from_the_training_part_alone(tmp_path):
 
 def test_vocabularies_are_learned_as_by_the_slow_trainer():
     text = PLAY.read_text(encoding="utf-8")[:20_000]
-    text += " aaa aaaa aaaaa" * 40 + " h\u00e9 \u00e9" * 30
+    text += " aaa aaaa aaaaa" * 40 + " h\u00e9 \u00e9" * 30 + " " + "\u65e5\u672c\u8a9e" * 100
     assert token_bytes(train_bpe(text, 330)) == slow_train(text, 330)
+
+
+def test_a_text_without_spaces_is_learned_like_any_other():
+    """DNA is one word of millions of letters; here 100,000."""
+    dna = "".join(random.Random(1).choices("ACGT", k=100_000))
+    tokenizer = train_bpe(dna, 300)
+    assert token_bytes(tokenizer) == slow_train(dna, 300)
+    assert tokenizer.decode(tokenizer.encode(dna)) == dna
 
 
 def test_a_learned_vocabulary_has_the_bytes_then_what_occurs_most_then_the_end(learned):

@@ -9,6 +9,7 @@ import itertools
 import math
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -788,31 +789,29 @@ def test_training_step_clips_the_gradient():
           f"by [0.06, 0.08], not by {show(moved)}")
 
 
-# `merge` in bpe_gpt.py
+# `find_pair` in bpe_gpt.py
 
 
-def check_merge(ids, pair, expected, hint=""):
-    result = bpe_gpt.merge(list(ids), pair, 9)
-    check(result is not None, "merge() returns None, not a list")
-    check(list(result) == expected, f"{ids} with the pair {pair} replaced by 9 is {expected}, not "
-          f"{result}{hint}")
+def check_find_pair(ids, pair, expected, hint=""):
+    result = bpe_gpt.find_pair(np.array(ids), pair)
+    check(result is not None, "find_pair() returns None, not an array")
+    check(list(result) == expected, f"in {ids}, the pair {pair} begins at {expected}, not at "
+          f"{list(result)}{hint}")
 
 
-def test_merge_replaces_every_occurrence():
-    check_merge([1, 2, 3, 1, 2], (1, 2), [9, 3, 9])
-    check_merge([1, 2, 1, 2, 1], (1, 2), [9, 9, 1])
+def test_find_pair_finds_every_occurrence():
+    check_find_pair([1, 2, 3, 1, 2], (1, 2), [0, 3])
+    check_find_pair([1, 2, 1, 2, 1], (1, 2), [0, 2])
 
 
-def test_merge_leaves_the_rest_as_it_is():
-    check_merge([2, 1, 3, 2], (1, 2), [2, 1, 3, 2], ": the order of the two matters")
-    check_merge([1], (1, 2), [1])
-    check_merge([], (1, 2), [])
+def test_find_pair_leaves_out_the_rest():
+    check_find_pair([2, 1, 3, 2, 1, 2], (1, 2), [4], ": the order of the two matters")
 
 
-def test_merge_uses_no_token_twice():
+def test_find_pair_uses_no_token_twice():
     hint = ": going from left to right, each token belongs to one pair at most"
-    check_merge([1, 1, 1], (1, 1), [9, 1], hint)
-    check_merge([1, 1, 1, 1, 2], (1, 1), [9, 9, 2], hint)
+    check_find_pair([1, 1, 1], (1, 1), [0], hint)
+    check_find_pair([1, 1, 1, 1, 2, 1, 1], (1, 1), [0, 2, 5], hint)
 
 
 # `train_bpe` in bpe_gpt.py

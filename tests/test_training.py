@@ -4,6 +4,7 @@ weights, stopping and resuming. Each test runs with every script that the claim 
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -782,6 +783,42 @@ def test_a_run_whose_loss_is_no_number_keeps_the_older_checkpoint(
     with pytest.raises(ValueError, match="validation loss nan after step 4: try lower learning"):
         train(script, "x.pt", FLAGS[script])
     assert (tmp_path / "x.pt").read_bytes() == before
+
+
+def test_a_run_does_not_replace_the_file_of_another_run(train, monkeypatch, tmp_path):
+    """Two runs with one --out: the second saves between two evaluations of the first."""
+    flags = FLAGS[bpe_gpt]
+    other = train(bpe_gpt, "other.pt", flags + " --seed 7")
+    training_step = bpe_gpt.training_step
+
+    def step_beside_another_run(*args):
+        if args[4] == 6:
+            shutil.copy("other.pt", "x.pt")
+        return training_step(*args)
+
+    monkeypatch.setattr(bpe_gpt, "training_step", step_beside_another_run)
+    with pytest.raises(bpe_gpt.UserError, match="another run has replaced x.pt"):
+        train(bpe_gpt, "x.pt", flags)
+    assert same(bpe_gpt.load_checkpoint("x.pt", "bpe_gpt"), other)
+
+
+def test_a_run_writes_its_file_again_if_it_was_deleted(train, monkeypatch, tmp_path):
+    training_step = bpe_gpt.training_step
+
+    def delete_and_step(*args):
+        if args[4] == 6:
+            (tmp_path / "x.pt").unlink()
+        return training_step(*args)
+
+    monkeypatch.setattr(bpe_gpt, "training_step", delete_and_step)
+    assert len(train(bpe_gpt, "x.pt", FLAGS[bpe_gpt])["history"]) == 3
+
+
+def test_a_file_that_cannot_be_written_is_noticed_before_training(train, monkeypatch):
+    """Here the name is too long: not that of the checkpoint, but of the file that becomes it."""
+    stop_at(bpe_gpt, monkeypatch, 0)
+    with pytest.raises(OSError):
+        train(bpe_gpt, 251 * "x" + ".pt", FLAGS[bpe_gpt])
 
 
 @for_each_script

@@ -5,7 +5,7 @@ NotImplementedError, none at all (so that the function returns None), one that r
 nearest thing to them (ZEROS), and typical mistakes (MISTAKES).
 
     python tests/tools/wrong_answers.py                       # all of them, in about ten minutes
-    python tests/tools/wrong_answers.py attention merge       # those whose command ends with these words
+    python tests/tools/wrong_answers.py attention find_pair   # those whose command ends with these words
     python tests/tools/wrong_answers.py attention --messages  # and show what a learner would read
 """
 
@@ -42,7 +42,7 @@ ZEROS = {
     "Adam.update": "return torch.zeros_like(grads)",
     "orthogonalize": "return torch.zeros_like(x)",
     "training_step": "return 0.0",
-    "merge": "return [0] * len(ids)",
+    "find_pair": "return np.array([0])",
     "train_bpe": "return BPETokenizer([bytes([b]) for b in range(256)] + [END_OF_TEXT.encode()])",
     "encode_word": "return [0] * len(word)",
     "Cache.append": """
@@ -183,31 +183,25 @@ MISTAKES = {
         "only the first optimizer makes a step": (
             "optimizer.step(multiplier)", "optimizers[0].step(multiplier)\n    break"),
     },
-    "merge": {
-        "pairs overlap": ("", """
-            merged = []
-            for i, token in enumerate(ids):
-                if tuple(ids[i : i + 2]) == pair:
-                    merged.append(new)
-                elif i == 0 or (ids[i - 1], token) != pair:
-                    merged.append(token)
-            return merged"""),
-        "only the first": ("", """
-            for i in range(len(ids) - 1):
-                if tuple(ids[i : i + 2]) == pair:
-                    return ids[:i] + [new] + ids[i + 2 :]
-            return ids"""),
-        "in either order": ("(merged[-1], token) == pair", "{merged[-1], token} == set(pair)"),
-        "the first is kept": ("merged[-1] = new", "merged.append(new)"),
+    "find_pair": {
+        "pairs overlap": ("not starts or i > starts[-1] + 1", "True"),
+        "only the first": ("return np.array(starts)", "return np.array(starts[:1])"),
+        "the tokens after": ("return np.array(starts)", "return np.array(starts) + 1"),
+        "in either order": ("(ids[:-1] == pair[0]) & (ids[1:] == pair[1])",
+                            "np.isin(ids[:-1], pair) & np.isin(ids[1:], pair)"),
+        "one of the two": ("(ids[:-1] == pair[0]) & (ids[1:] == pair[1])", "ids[:-1] == pair[0]"),
+        "one apart": ("starts[-1] + 1", "starts[-1] + 2"),
     },
     "train_bpe": {
-        "pairs that occur once": ("highest < 2", "highest < 1"),
+        "pairs that occur once": ("pair_counts[pair] > 1", "pair_counts[pair] > 0"),
         "one token too many": ("vocab_size - 1", "vocab_size"),
-        "the higher number in a tie": ("min(pair for", "max(pair for"),
-        "each word counts once": ("sign * word_counts[word]", "sign"),
+        "the higher number in a tie": (
+            "heapq.heappop(heap)",
+            "[heap.sort(), heap.pop(max(i for i, e in enumerate(heap) if e[0] == heap[0][0]))][1]"),
+        "each word counts once": ("sign * n", "sign"),
         "no words": ("regex.findall(WORDS, text)", "[text]"),
-        "the rarest pair": ("max(pair_counts.values(), default=0)",
-                            "min([n for n in pair_counts.values() if n > 1], default=0)"),
+        "counts that have changed": ("pair_counts[pair] != -count", "False"),
+        "nothing is taken back": ("[starts - 1, starts, starts + 1]), -1", "[starts]), -1"),
     },
     "encode_word": {
         "the first pair that is a token": (
