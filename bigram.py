@@ -2,7 +2,7 @@
 
 The model is a table of 65 x 65 scores; row i says how likely each one is to follow character i. All
 around it is what GPT-2 needs, too: text as integers, batches, a loss, gradient descent, validation
-and sampling. char_gpt.py puts a transformer in the table's place.
+and sampling. char_gpt.py replaces the table by a transformer, the neural network that GPT-2 is.
 
     python bigram.py                       # 4 seconds on two CPU cores
     python bigram.py --data my_text.txt    # any text file in UTF-8
@@ -75,20 +75,20 @@ def split_data(data, config):
 
 def get_batch(data, config, step):
     """The batch for one training step: inputs x and targets y, both (B, T), with B = batch_size. A
-    row of x is a stretch of T = block_size tokens, and the row of y is the same stretch one token
-    later: y[b, t] is the token that follows x[b, t]. So every row holds T exercises in prediction.
+    row of x is a window of T = block_size tokens, and the row of y is the same window one token
+    later: y[b, t] is the token that follows x[b, t]. So every row holds T tokens to predict.
 
-    An epoch, which is one pass through the data, starts at a random offset, so that each one cuts
-    the data differently, and takes the stretches in random order, B at a time. (The last few may be
-    left out.) All of this depends only on seed and step, so that a run can be repeated."""
+    An epoch is one pass through the data, in windows that come in random order. With 21 tokens and
+    T = 4, for example, they begin at 0, 4, 8, 12, or at 3, 7, 11, 15: another random offset in each
+    epoch gives other windows. All depends only on seed and step, so that a run can be repeated."""
     B = config.batch_size
     T = config.block_size
-    n_stretches = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
-    steps_per_epoch = max(1, n_stretches // B)
+    n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
+    steps_per_epoch = max(1, n_windows // B)  # what fills no batch is left out
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))
-    offset = rng.integers(len(data) - n_stretches * T)  # anywhere in what is left over
-    order = rng.permutation(n_stretches)
+    offset = rng.integers(len(data) - n_windows * T)  # anywhere in what is left over
+    order = rng.permutation(n_windows)
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
     rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
     return rows[:, :-1], rows[:, 1:]
@@ -138,7 +138,7 @@ def count_bigrams(data, vocab_size, add=0):
     convex (shaped like a bowl), that is its minimum. A better model has to look further back.
     add=1 adds one to every count. Without it, the probability of a pair that is not in data would
     be 0, and one such pair in the validation text would make the loss infinite."""
-    # The number of the pair (a, b) is its place in the table, with the rows laid end to end.
+    # The number of the pair (a, b) is its position in the table, with the rows laid end to end.
     pairs = data[:-1] * vocab_size + data[1:]
     counts = torch.bincount(pairs, minlength=vocab_size**2)  # how often each number occurs
     model = BigramLanguageModel(BigramConfig(vocab_size))
@@ -167,7 +167,7 @@ def generate(model, idx, max_new_tokens, choose=sample):
 
 @torch.no_grad()
 def evaluate(model, data, config):
-    """Mean loss over data, in stretches of block_size tokens. (A short remainder is left out.)"""
+    """Mean loss over data, in windows of block_size tokens. (A short remainder is left out.)"""
     model.eval()
     T = config.block_size
     n = (len(data) - 1) // T
@@ -182,7 +182,8 @@ def evaluate(model, data, config):
 
 def train(model, train_data, val_data, tokenizer, config, checkpoint):
     """Gradient descent. The gradient says how the loss changes if a parameter is changed a little:
-    move each one a small step against its gradient, and the loss falls. Then the next batch."""
+    move each one a small step against its gradient, and the loss falls. Then the next batch. The
+    history of the losses is kept in checkpoint, the dict that main() makes and saves."""
     losses = []  # of the steps since the last evaluation: their mean is the training loss
     for step in range(config.max_iters):
         x, y = get_batch(train_data, config, step)

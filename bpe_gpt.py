@@ -1,7 +1,7 @@
 """GPT-2: the model of char_gpt.py at its real size, on parts of words instead of characters.
 
 New here: byte-pair encoding; a cache that makes generation fast; the weights that OpenAI published,
-from 124 million to 1.5 billion parameters; fine-tuning them; dropout; and several processes.
+from 124M to 1.5B parameters; fine-tuning, which trains them further; dropout; several processes.
 
     python bpe_gpt.py                 # train from scratch: GPT-2 124M, or a small model on a CPU
     python bpe_gpt.py --init gpt2     # fine-tune GPT-2 on Shakespeare; downloads 548 MB once
@@ -93,9 +93,9 @@ FINE_TUNING_SETTINGS = dict(
 # ---- Tokens -------------------------------------------------------------------------------------
 
 # Sequences of characters are long, and each character says little; there are too many words to list
-# them all. A token of GPT-2 is something in between: a string of bytes that occurs often, from a
-# single byte to a long word. A text is first split into words: letters (\p{L}), digits (\p{N}) or
-# other signs, each with the space before it; endings such as 's; the rest of the white space.
+# them all. GPT-2's tokens lie in between: strings of bytes that occur often, from a byte to a long
+# word. A text is first split, into endings such as 's; letters (\p{L}), digits (\p{N}) or other
+# signs, with the space before them; and white space, but for the last one before a word: (?!\S).
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"  # a token that stands between texts
 
@@ -199,7 +199,7 @@ def gpt2_tokenizer():
 # ---- Data ---------------------------------------------------------------------------------------
 
 class TextData:
-    """An array of tokens, cut into stretches of block_size tokens, or fewer if it is shorter. The
+    """An array of tokens, cut into windows of block_size tokens, or fewer if it is shorter. The
     inputs x and targets y that training_batch() returns depend only on seed and step."""
     prompts = ["\n"]  # what report() lets the model continue
     max_evaluated = 1_000_000  # tokens
@@ -216,18 +216,18 @@ class TextData:
 
     def row(self, start):
         """T inputs from start on, or what is left, and the targets, which come one token later."""
-        stretch = torch.from_numpy(self.tokens[start : start + self.T + 1].astype(np.int64))
-        return stretch[:-1], stretch[1:]
+        window = torch.from_numpy(self.tokens[start : start + self.T + 1].astype(np.int64))
+        return window[:-1], window[1:]
 
     def training_batch(self, step):
-        """Every epoch cuts the text in different places, beginning at another offset."""
+        """Every epoch cuts the text into other windows, beginning at another offset."""
         epoch, chosen = pick_rows(self.n_rows, step, self.config)
         rng = np.random.default_rng((self.config.seed, epoch))
         offset = rng.integers(len(self.tokens) - self.n_rows * self.T)
         return make_batch([self.row(offset + self.T * n) for n in chosen])
 
     def evaluation_batches(self):
-        """All stretches, end to end; the last one may be shorter."""
+        """All windows, end to end; the last one may be shorter."""
         starts = range(0, len(self.tokens) - 1, self.T)
         starts = starts[:: 1 + len(self.tokens) // self.max_evaluated]  # evenly spread
         for i in range(0, len(starts), self.config.batch_size):
@@ -273,7 +273,7 @@ class Cache:
 
     def append(self, k, v):
         """Adds new tokens' keys and values, (B, n_head, T, head_size); returns all S tokens'."""
-        if self.length == 0:
+        if self.length == 0:  # room for all that will come: to copy it for each token is slow
             B, n_head, _, head_size = k.shape
             self.k = k.new_empty(B, n_head, self.context_size, head_size)
             self.v = torch.empty_like(self.k)
@@ -294,7 +294,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         # nn.Linear multiplies by a learned matrix and adds a learned bias. (c_ names are OpenAI's.)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # combines what the heads found
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads found
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
@@ -586,7 +586,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # The compiled model has the same weights. It is faster, but takes a minute to prepare.
+    # Compiled, the same model is faster, but a minute is lost for each shape of x: not to evaluate.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:

@@ -64,7 +64,7 @@ class GPTConfig:
 
 # What a CPU trains: a smaller model, in 3.5 minutes, which overfits less and needs less decay.
 CPU_SETTINGS = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, weight_decay=0.1,
-                    max_iters=2100, eval_interval=300)
+                    max_iters=2100, eval_interval=300)  # reads the training text 4.3 times
 
 # ---- Data ---------------------------------------------------------------------------------------
 
@@ -98,20 +98,20 @@ def split_data(data, config):
 
 def get_batch(data, config, step):
     """The batch for one training step: inputs x and targets y, both (B, T), with B = batch_size. A
-    row of x is a stretch of T = block_size tokens, and the row of y is the same stretch one token
-    later: y[b, t] is the token that follows x[b, t]. So every row holds T exercises in prediction.
+    row of x is a window of T = block_size tokens, and the row of y is the same window one token
+    later: y[b, t] is the token that follows x[b, t]. So every row holds T tokens to predict.
 
-    An epoch, which is one pass through the data, starts at a random offset, so that each one cuts
-    the data differently, and takes the stretches in random order, B at a time. (The last few may be
-    left out.) All of this depends only on seed and step, so that a run can be repeated."""
+    An epoch is one pass through the data, in windows that come in random order. With 21 tokens and
+    T = 4, for example, they begin at 0, 4, 8, 12, or at 3, 7, 11, 15: another random offset in each
+    epoch gives other windows. All depends only on seed and step, so that a run can be repeated."""
     B = config.batch_size
     T = config.block_size
-    n_stretches = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
-    steps_per_epoch = max(1, n_stretches // B)
+    n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
+    steps_per_epoch = max(1, n_windows // B)  # what fills no batch is left out
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))
-    offset = rng.integers(len(data) - n_stretches * T)  # anywhere in what is left over
-    order = rng.permutation(n_stretches)
+    offset = rng.integers(len(data) - n_windows * T)  # anywhere in what is left over
+    order = rng.permutation(n_windows)
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
     rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
     return rows[:, :-1], rows[:, 1:]
@@ -190,7 +190,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         # nn.Linear multiplies by a learned matrix and adds a learned bias. (c_ names are OpenAI's.)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # combines what the heads found
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads found
 
     def forward(self, x):
         B, T, C = x.shape
@@ -229,7 +229,7 @@ class Block(nn.Module):
 
     This makes deep models trainable (He et al. 2015): the derivative of x + f(x) is 1 + f'(x), and
     through the 1 the gradient reaches every block undiminished. Layer norm is only for what
-    attention and MLP read. On the stream, it would rescale the gradient each time."""
+    attention and MLP read: on the stream itself, it would rescale this gradient in every block."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd)
@@ -296,8 +296,8 @@ class GPT(nn.Module):
 
 # What it costs. A block has 12 C^2 parameters: 4 C^2 for attention, 8 C^2 for the MLP. To predict a
 # token takes 2 operations per parameter of a matrix, and 4 T C per block for attention; backward()
-# takes twice as many. Memory: 4 bytes for each parameter, its gradient and its means in the
-# optimizer, and 4, or 2 in bfloat16, for each number on the way that backward() needs.
+# takes twice as many: for y = W x, the gradients of W and of x. Memory: 4 bytes for each parameter,
+# its gradient and its means in the optimizer, and 4 (bfloat16: 2) for what backward() looks up.
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -427,7 +427,7 @@ def make_optimizers(model, config):
 
 @torch.no_grad()
 def evaluate(model, data, config):
-    """Mean loss over data, in stretches of block_size tokens. (A short remainder is left out.)"""
+    """Mean loss over data, in windows of block_size tokens. (A short remainder is left out.)"""
     model.eval()
     T = config.block_size
     n = (len(data) - 1) // T
@@ -466,7 +466,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # The compiled model has the same weights. It is faster, but takes a minute to prepare.
+    # Compiled, the same model is faster, but a minute is lost for each shape of x: not to evaluate.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:

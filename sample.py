@@ -274,7 +274,7 @@ def explore(model, tokenizer, ids, name, history, config):
         page[setting] = min(getattr(config, setting), 1e6)  # JSON has no infinity
     if has_attention:
         page["attention"] = (attention_weights(model, ids) * 1000).round().int().tolist()
-        # The "logit lens" (nostalgebraist 2020): the output layer reads what each block puts out.
+        # The "logit lens" (nostalgebraist 2020): the output layer reads x after each block.
         calls = record(model, ids, model.transformer.h)
         x = torch.cat([calls[0][1], *(output for _, _, output in calls)])  # before and after blocks
         probs, tokens = model.lm_head(model.transformer.ln_f(x)).softmax(dim=-1).max(dim=-1)
@@ -430,7 +430,7 @@ def main():
         return show_curves(names, config.plot)
     model, tokenizer, checkpoint = load_model(names[0])
     text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # in training
-    before = [tokenizer.tokens.index(text_before.encode())]
+    before = [tokenizer.tokens.index(text_before.encode())]  # so that the first token is predicted
     if config.probs:
         return show_probs(model, tokenizer, before + tokenizer.encode(config.probs))
     if config.explore:

@@ -491,7 +491,7 @@ def data_of(tokens, **settings):
 
 @pytest.mark.parametrize("length", [2, 10, 16, 17, 18, 50, 51])
 def test_evaluation_counts_every_token_once(length):
-    """Token i is predicted from the tokens before it in its stretch, which begins at 0, 16, 32..."""
+    """Token i is predicted from the tokens before it in its window, which begins at 0, 16, 32..."""
     model = build(block_size=16)
     tokens = np.random.default_rng(0).integers(300, size=length)
     losses = []

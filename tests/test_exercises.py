@@ -153,7 +153,7 @@ def test_count_bigrams_adds_to_every_count():
 
 NUMBERS = torch.arange(1000)  # data in which a token is its own position
 BATCHES = bigram.BigramConfig(batch_size=4, block_size=8)
-STEPS_PER_EPOCH = 30  # there is room for 123 stretches of 8 tokens: 30 batches, and 3 left over
+STEPS_PER_EPOCH = 30  # there is room for 123 windows of 8 tokens: 30 batches, and 3 left over
 
 
 def batch(step, config=BATCHES):
@@ -171,12 +171,12 @@ def starts_of(epoch, config=BATCHES):
     return torch.cat([batch(step, config)[0][:, 0] for step in steps]).tolist()
 
 
-def test_get_batch_takes_stretches_of_the_data():
+def test_get_batch_takes_windows_of_the_data():
     for step in range(3):
         x, _ = batch(step)
         for b, row in enumerate(x.tolist()):
             for here, there in zip(row, row[1:]):
-                check(there == here + 1, f"row {b} of x is not a stretch of the data: it has "
+                check(there == here + 1, f"row {b} of x is not a window of the data: it has "
                       f"{there} after {here}, and the data has {here + 1} after {here}")
 
 
@@ -189,7 +189,7 @@ def test_get_batch_has_targets_one_token_later():
                   f"{targets}")
 
 
-def test_get_batch_uses_each_stretch_once_in_an_epoch():
+def test_get_batch_uses_each_window_once_in_an_epoch():
     used = {}
     for step in range(STEPS_PER_EPOCH):
         x, _ = batch(step)
@@ -200,12 +200,12 @@ def test_get_batch_uses_each_stretch_once_in_an_epoch():
             used[token] = step
 
 
-def test_get_batch_shuffles_the_stretches():
+def test_get_batch_shuffles_the_windows():
     starts = starts_of(0)
-    check(starts != sorted(starts), "the stretches come in the order of the text: shuffle them")
+    check(starts != sorted(starts), "the windows come in the order of the text: shuffle them")
     differences = [b - a for a, b in zip(starts, starts[1:])]
-    check(differences.count(8) < 20, "most stretches come right after the one before: it is the "
-          "stretches that should be shuffled, not only the batches")
+    check(differences.count(8) < 20, "most windows come right after the one before: it is the "
+          "windows that should be shuffled, not only the batches")
 
 
 def test_get_batch_cuts_every_epoch_in_another_way():

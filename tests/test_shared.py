@@ -91,7 +91,7 @@ def test_tiny_shakespeare_is_cut_90_to_10_in_order():
 
 @pytest.mark.parametrize("script", [bigram, char_gpt], ids=lambda script: script.__name__)
 def test_the_shortest_text_that_is_taken_can_be_trained_on_and_evaluated(script):
-    """Each part needs a stretch, and the token after it. One character less is refused."""
+    """Each part needs a window, and the token after it. One character less is refused."""
     Config = bigram.BigramConfig if script is bigram else char_gpt.GPTConfig
     config = Config(block_size=10, batch_size=4, vocab_size=5)
     data = torch.arange(110) % 5
@@ -109,9 +109,9 @@ def test_the_shortest_text_that_is_taken_can_be_trained_on_and_evaluated(script)
 
 
 @pytest.mark.parametrize("length", [18, 161, 170, 49])
-def test_evaluation_is_the_mean_over_all_whole_stretches(length):
-    """The mean over batches of stretches equals the mean over tokens asked one by one. Only the
-    rest at the end, which is too short for a stretch, does not count."""
+def test_evaluation_is_the_mean_over_all_whole_windows(length):
+    """The mean over batches of windows equals the mean over tokens asked one by one. Only the
+    rest at the end, which is too short for a window, does not count."""
     torch.manual_seed(0)
     config = char_gpt.GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=3)
     model = char_gpt.GPT(config)

@@ -31,7 +31,7 @@ T = 16
 
 
 def get_batch(script, tokens, step, seed=5):
-    """Inputs and targets of a step: B stretches of T tokens."""
+    """Inputs and targets of a step: B windows of T tokens."""
     if script is bpe_gpt:
         config = bpe_gpt.GPTConfig(block_size=T, total_batch_size=B * T, seed=seed)
         return bpe_gpt.TextData(np.asarray(tokens), config).training_batch(step)
@@ -63,7 +63,7 @@ def test_a_batch_depends_on_seed_and_step_alone(script):
 
 @for_each_script
 def test_each_token_comes_once_in_an_epoch(script):
-    """At most once, and all but those that do not fill a batch, or a stretch, do come."""
+    """At most once, and all but those that do not fill a batch, or a window, do come."""
     for epoch in range(3):
         steps = range(epoch * STEPS, (epoch + 1) * STEPS)
         tokens = torch.cat([get_batch(script, TEXT, step)[0].flatten() for step in steps])
@@ -86,12 +86,12 @@ def test_every_epoch_cuts_the_text_in_other_places_and_another_order(script):
 
 
 @for_each_script
-def test_another_seed_takes_the_stretches_in_another_order(script):
+def test_another_seed_takes_the_windows_in_another_order(script):
     """And not only from another offset on."""
     orders = []
     for seed in (5, 6):
         starts = [get_batch(script, TEXT, step, seed)[0][:, 0] for step in range(STEPS)]
-        orders.append(torch.cat(starts).diff().tolist())  # from each stretch to the next
+        orders.append(torch.cat(starts).diff().tolist())  # from each window to the next
     assert orders[0] != orders[1]
 
 

@@ -77,10 +77,10 @@ MISTAKES = {
         "targets are the inputs": ("rows[:, 1:]", "rows[:, :-1]"),
         "targets are one token earlier": (
             "rows[:, :-1], rows[:, 1:]", "rows[:, 1:], rows[:, :-1]"),
-        "not shuffled": ("rng.permutation(n_stretches)", "range(n_stretches)"),
-        "stretches overlap": ("offset + T * n", "offset + n"),
+        "not shuffled": ("rng.permutation(n_windows)", "range(n_windows)"),
+        "windows overlap": ("offset + T * n", "offset + n"),
         "every epoch is the same": ("(config.seed, epoch)", "config.seed"),
-        "no random offset": ("rng.integers(len(data) - n_stretches * T)", "0"),
+        "no random offset": ("rng.integers(len(data) - n_windows * T)", "0"),
         "no seed": ("np.random.default_rng((config.seed, epoch))", "np.random.default_rng()"),
     },
     "generate": {
