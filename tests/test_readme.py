@@ -4,7 +4,8 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, run
+import tiktoken
+from conftest import ROOT, needs_gpt2_tokenizer, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -38,3 +39,17 @@ def test_links_lead_somewhere():
     places = ["#" + heading.lower().replace(" ", "-") for heading in headings]
     for link in re.findall(r"\]\(([^):]+)\)", README):
         assert link in places or (ROOT / link.split("#")[0]).exists(), link
+
+
+@needs_gpt2_tokenizer
+def test_gpt2s_vocabulary_is_found_under_the_names_that_the_readme_gives(tmp_path, monkeypatch):
+    """The names are tiktoken's: hashes of the addresses. What it has cached is renamed and back."""
+    row = re.search(r"`vocab.bpe` and `encoder.json` into .*?`(\w{40})` and `(\w{40})`", README)
+    url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    names = ("vocab.bpe", "encoder.json")
+    files = [tiktoken.load.read_file_cached(url + name) for name in names]
+    for name, content in zip(row.groups(), files):
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.load, "read_file", None)  # no network
+    assert [tiktoken.load.read_file_cached(url + name) for name in names] == files
