@@ -142,6 +142,8 @@ def train_bpe(text, vocab_size):
         starts = np.flatnonzero(ids == len(tokens))
         count_pairs(np.unique([starts - 1, starts]), +1)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        if sys.stderr.isatty():
+            print(f"learning token {len(tokens)}", end=" \r", file=sys.stderr, flush=True)
     return BPETokenizer([*tokens, END_OF_TEXT.encode()])
 
 
@@ -655,9 +657,8 @@ def restore(last, model, optimizers):
 
 def write_log(log, path):
     """Lines of JSON, one per evaluation and per hundred steps, in a file beside the checkpoint."""
-    lines = [json.dumps(entry) + "\n" for entry in log]
     with replacing(path.removesuffix(".pt") + ".jsonl") as file:
-        file.write("".join(lines).encode())
+        file.write("".join(json.dumps(entry) + "\n" for entry in log).encode())
 
 
 def show_cost(config, model, train_data, step):
@@ -727,7 +728,6 @@ def matrix_rate(device, dtype):
 # kinds are transposed: OpenAI's layers compute x @ weight, nn.Linear computes x @ weight.T.
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
-HUB = "https://huggingface.co/openai-community"
 PUBLISHED = {  # revision; where it is known, the first half of model.safetensors's SHA-256
     "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e", "248dfc3911869ec493c76e65bf2fcf7f"),
     "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da", None),
@@ -740,7 +740,7 @@ def find_weights(name):
     path = DATA / name / "model.safetensors"
     if not path.exists():
         revision, sha256 = PUBLISHED[name]
-        url = f"{HUB}/{name}/resolve/{revision}/model.safetensors"
+        url = f"https://huggingface.co/openai-community/{name}/resolve/{revision}/model.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)  # seconds to wait for an answer
         try:

@@ -820,7 +820,13 @@ def hub(tmp_path, monkeypatch):
         server.weights = (tmp_path / "server" / "model.safetensors").read_bytes()
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.setattr(bpe_gpt, "HUB", f"http://127.0.0.1:{server.server_port}")
+        download = torch.hub.download_url_to_file
+
+        def download_here(url, *args):
+            path = url.removeprefix("https://huggingface.co/openai-community")
+            download(f"http://127.0.0.1:{server.server_port}{path}", *args)
+
+        monkeypatch.setattr(torch.hub, "download_url_to_file", download_here)
         monkeypatch.setattr(bpe_gpt, "DATA", tmp_path / "data")
         sha256 = hashlib.sha256(server.weights).hexdigest()
         for name, known in ("gpt2", sha256), ("gpt2-large", None):
