@@ -34,7 +34,7 @@ import torch.nn as nn
 @dataclass
 class BigramConfig:
     vocab_size: int = 65  # number of distinct characters; taken from the text
-    block_size: int = 256  # length of a training sequence, in characters
+    block_size: int = 256  # length of a training sequence, in characters (as in char_gpt.py)
     batch_size: int = 32  # sequences per step
     max_iters: int = 1000  # steps of gradient descent
     eval_interval: int = 250  # steps between evaluations
@@ -52,7 +52,7 @@ class CharTokenizer:
         self.chars = sorted(set(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
         self.tokens = [char.encode() for char in self.chars]  # as bytes, for sample.py
-        self.end_of_text = -1  # for sample.py: no token, as none has this number, ends a text
+        self.end_of_text = -1  # for sample.py: no token has this number, so none ends a text
 
     def encode(self, text):
         unknown = set(text) - set(self.chars)
@@ -84,10 +84,10 @@ def get_batch(data, config, step):
     B = config.batch_size
     T = config.block_size
     n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
-    steps_per_epoch = max(1, n_windows // B)  # what fills no batch is left out
+    steps_per_epoch = max(1, n_windows // B)  # windows that fill no batch are left out
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))
-    offset = rng.integers(len(data) - n_windows * T)  # anywhere in what is left over
+    offset = rng.integers(len(data) - n_windows * T)  # as far as the last window still fits
     order = rng.permutation(n_windows)
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
     rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
@@ -129,13 +129,13 @@ class BigramLanguageModel(nn.Module):
 
 
 def count_bigrams(data, vocab_size, add=0):
-    """The best table for this data, without any training: count how often each character follows
+    """The best table for this data, found without training: count how often each character follows
     each other one, and use the logarithms of the counts as scores. Softmax turns them into
     frequencies: exp(ln(count)) is the count, and it is divided by the sum of all counts in its row.
 
     No table has a lower loss on this data. For row i, the gradient of the loss is proportional to
-    softmax(row i) minus these frequencies. It is zero when they are equal, and since the loss is
-    convex (shaped like a bowl), that is its minimum. A better model has to look further back.
+    softmax(row i) minus these frequencies: zero when the two are equal. The loss is convex (shaped
+    like a bowl), so that this is its minimum. A better model has to look further back.
     add=1 adds one to every count. Without it, the probability of a pair that is not in data would
     be 0, and one such pair in the validation text would make the loss infinite."""
     # The number of the pair (a, b) is its position in the table, with the rows laid end to end.
@@ -192,8 +192,8 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint):
         # PyTorch has recorded how the loss was computed. backward() goes through that in reverse
         # and finds, by the chain rule, the gradient of the loss for every parameter p: p.grad.
         loss.backward()
-        # Large steps to get near the minimum, then ever smaller ones to settle in it. (200 is much:
-        # on average, 8,192 / 65 = 126 of a batch's characters use a row; its gradient is tiny.)
+        # Large steps to get near the minimum, then smaller ones to settle in it. (200 is large, but
+        # a row's gradient is small: on average, only 1/65 of the characters look that row up.)
         learning_rate = config.learning_rate * (1 - step / config.max_iters)
         with torch.no_grad():  # the update is no part of the loss, and need not be recorded
             for p in model.parameters():
@@ -245,7 +245,7 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() makes this of any other (full disk, Ctrl-C)
+    except RuntimeError as error:  # torch.save() raises it after any other (full disk, Ctrl-C)
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)

@@ -52,7 +52,7 @@ class GPTConfig:
     dropout: float = 0.1  # fraction of the numbers inside the model that training sets to zero
     init: str = ""  # fine-tune gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a checkpoint
     batch_size: int = 16  # sequences that go through the model at once: lower it to save memory
-    total_batch_size: int = 16384  # tokens per step, in rows of up to block_size, with padding
+    total_batch_size: int = 16384  # tokens per step; a shorter row counts as block_size tokens
     max_iters: int = 400  # steps of gradient descent
     eval_interval: int = 50  # steps between evaluations
     learning_rate: float = 0.001  # of AdamW, for embeddings, gains and biases
@@ -69,23 +69,23 @@ class GPTConfig:
     data: str = ""  # text file, or folder of train.bin and val.bin; default: Tiny Shakespeare
     out: str = "out/bpe_gpt.pt"  # checkpoint, for sample.py, --resume and --init
 
-SIZES = {  # of the published models, besides vocab_size and block_size, which are those above
+SIZES = {  # the published models; vocab_size and block_size are those above in all of them
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124,439,808 parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 354,823,168
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774,030,080
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1,557,611,200
 }
 SIZE_NAMES = ("vocab_size", "n_layer", "n_head", "n_embd", "block_size")
-CPU_SETTINGS = dict(  # without --full, a CPU trains this smaller model, in 5.5 minutes
+CPU_SETTINGS = dict(  # without --full and a CUDA GPU: a smaller model, 5.5 minutes on a CPU
     vocab_size=2048, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
     total_batch_size=2048, max_iters=2100, eval_interval=300, learning_rate=0.002,
     muon_learning_rate=0.025, warmup_iters=10, weight_decay=0.15)
-# For a corpus: half a million tokens per step, as for GPT-3 (Brown et al. 2020); Muon's rate and
-# decay of modded-nanogpt's benchmark; no dropout, as a text that is read once is not memorized.
+# For a corpus: half a million tokens per step, as for small GPT-3s (Brown et al. 2020); Muon's rate
+# and decay from modded-nanogpt's benchmark; no dropout: what is read once is not memorized.
 FOLDER_SETTINGS = dict(
     vocab_size=50257, dropout=0.0, batch_size=32, total_batch_size=2**19, eval_interval=250,
     learning_rate=0.003, muon_learning_rate=0.02, weight_decay=0.01, warmup_iters=100)
-# Few and small steps, so that the model forgets little. Muon would change weak directions as well.
+# Few and small steps, so that the model forgets little. Muon's are large in all directions.
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
     muon_learning_rate=0.0, warmup_iters=5)
@@ -94,8 +94,8 @@ FINE_TUNING_SETTINGS = dict(
 
 # Sequences of characters are long, and each character says little; there are too many words to list
 # them all. GPT-2's tokens lie in between: strings of bytes that occur often, from a byte to a long
-# word. A text is first split, into endings such as 's; letters (\p{L}), digits (\p{N}) or other
-# signs, with the space before them; and white space, but for the last one before a word: (?!\S).
+# word. A text is first split into endings such as 's; letters (\p{L}), digits (\p{N}) or other
+# signs, with one space before them; and the rest of the white space: (?!\S) leaves that space.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"  # a token that stands between texts
 
@@ -110,9 +110,9 @@ def train_bpe(text, vocab_size):
     o-w occur three times each. In a tie, the pair with the lower token numbers comes first, so l-o
     becomes the token "lo". The next merges are lo-w (three times), space-low and " low"-e (twice
     each). Then no pair occurs twice, and learning ends. To count all pairs again after each merge
-    would take hours: the counts are only corrected where something was merged, and beside it."""
+    would take hours, so only the counts of the merged pairs and of their neighbours are changed."""
     words = Counter(regex.findall(WORDS, text))
-    # The tokens of all different words, with -1 after each word; and how often that word occurs.
+    # The tokens of all different words; -1 after each, so that no pair crosses words; their counts.
     ids = np.array([token for word in words for token in [*word.encode(), -1]], np.int32)
     times = np.array([n for word, n in words.items() for _ in [*word.encode(), -1]], np.int32)
     pair_counts = Counter()
@@ -148,7 +148,7 @@ def train_bpe(text, vocab_size):
 
 
 def find_pair(ids, pair):
-    """Where the pair begins in the array ids. No token is used twice: in a a a, a-a occurs once."""
+    """The positions in ids where the pair is to be merged: in a a a, only the first a-a can be."""
     starts = []
     for i in np.flatnonzero((ids[:-1] == pair[0]) & (ids[1:] == pair[1])).tolist():
         if not starts or i > starts[-1] + 1:
@@ -182,7 +182,7 @@ class BPETokenizer:
         self.tiktoken = tiktoken.Encoding("bpe", pat_str=WORDS, mergeable_ranks=ranks,
                                           special_tokens={END_OF_TEXT: self.end_of_text})
 
-    def encode(self, text, special=(END_OF_TEXT,)):  # (): where this stands, it is only text
+    def encode(self, text, special=(END_OF_TEXT,)):  # with (), "<|endoftext|>" is only text
         return self.tiktoken.encode(text, allowed_special=set(special), disallowed_special=())
 
     def decode(self, ids):
@@ -268,7 +268,7 @@ GELU = partial(nn.GELU, approximate="tanh")  # as GELU(), with this argument
 
 class Cache:
     """The keys and values that a block has computed so far. No token sees the ones after it, so
-    they remain valid when the text grows, and only new tokens have to pass through the model."""
+    keys and values remain valid when the text grows: only new tokens pass through the model."""
     def __init__(self, context_size):
         self.context_size = context_size
         self.length = 0  # tokens so far
@@ -369,7 +369,7 @@ class GPT(nn.Module):
 
     def initialize(self, config):
         """Random weights: if all were equal, all numbers in a layer would get equal gradients and
-        stay equal. Small ones (GPT-2: 0.02, but 0.01 for positions) give almost a uniform guess."""
+        stay equal. Small ones give almost a uniform guess. (0.02 is GPT-2's, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -484,7 +484,7 @@ def orthogonalize(x, rounds=4):
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT  # transposed (U and V change places): X X^T is smaller then
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # by the root of the sum of all s^2
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no s is larger than 1 now
     for _ in range(rounds):
         # bmm() multiplies n pairs of matrices; baddbmm(x, y, z) is beta * x + alpha * y @ z.
         square = torch.bmm(x, x.mT)  # X X^T, (n, rows, rows)
@@ -495,14 +495,14 @@ def orthogonalize(x, rounds=4):
 
 class Muon(Optimizer):
     """For matrices (Jordan et al. 2024): keeps a running mean of the gradient, and makes its
-    directions about equally strong, so that the model also learns what the weak ones say."""
+    directions about equally strong, so that the model also learns from the weak ones."""
     n_means = 1
     momentum = 0.95
 
     def update(self, grads, means):
         m = means[0]
         m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m)
-        ahead = grads.lerp(m, self.momentum)  # what m would be after the same gradient once more
+        ahead = grads.lerp(m, self.momentum)  # as if this gradient came once more: it counts sooner
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
@@ -510,7 +510,7 @@ class Muon(Optimizer):
 
 def make_optimizers(model, config):
     """Muon is for the matrices in the blocks, and Adam for the rest, or for all if
-    muon_learning_rate is 0. Gains and biases do not decay."""
+    muon_learning_rate is 0. Gains and biases do not decay; embeddings do, unlike in char_gpt.py."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     embeddings = [p for p in others if p.dim() == 2]
@@ -532,10 +532,10 @@ N_PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
 
 @torch.no_grad()
 def evaluate(model, data):
-    """Mean loss over all targets in data that count; each process takes a share of the batches."""
+    """Mean loss over all targets in data but -100; each process takes a share of the batches."""
     model.eval()
     device = model.lm_head.weight.device
-    sums = torch.zeros(2, dtype=torch.float64)  # of the losses; of the targets
+    sums = torch.zeros(2, dtype=torch.float64)  # the sum of the losses; the number of targets
     for x, y in itertools.islice(data.evaluation_batches(), RANK, None, N_PROCESSES):
         _, loss = model(x.to(device), y.to(device))
         n = (y != -100).sum().item()
@@ -552,8 +552,8 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     # zero in a straight line: large steps to get near a minimum, small ones to settle in it.
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
-    # Dropout sets some numbers inside the model to zero, at random, so that it cannot rely on any
-    # of them and overfits less. Seed and step decide which. train() turns it on, eval() off.
+    # Dropout sets random numbers inside the model to zero, and scales the others up: it cannot rely
+    # on any of them and overfits less. Seed and step decide which. train() turns it on, eval() off.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()
     model.zero_grad()
@@ -567,11 +567,11 @@ def training_step(model, optimizers, x, y, step, config, autocast):
             _, mean = model(batch_x, batch_y)
         batch_loss = mean * (batch_y != -100).sum() / n_targets  # its part of the step's mean
         batch_loss.backward()
-        if len(batch_x) > 0:  # with fewer rows than processes, some have none, and a mean of nan
+        if len(batch_x) > 0:  # a process without rows: its mean is nan, its gradients are 0
             loss += batch_loss.detach()
     if N_PROCESSES > 1:
         tensors = [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
-        vector = nn.utils.parameters_to_vector(tensors)  # one long vector: one message, not 149
+        vector = nn.utils.parameters_to_vector(tensors)  # end to end, to be sent at once
         dist.all_reduce(vector)  # the sum over all processes, in place
         nn.utils.vector_to_parameters(vector, tensors)
     # Clipping shortens a gradient that is too long: an unusual batch must not distort the means.
@@ -588,7 +588,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # Compiled, the same model is faster, but a minute is lost for each shape of x: not to evaluate.
+    # Compiled, the model is faster, but each shape of x costs a minute: evaluate() does without it.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
@@ -625,7 +625,7 @@ def show_progress(step, loss, n_tokens, progress, started):
 def save(checkpoint, started, model, optimizers, path):
     """Write the checkpoint to path. "model" has the weights with the lowest validation loss so far,
     since later ones may overfit. "last" has all that the next step depends on, so that a run that
-    was stopped and resumed ends like one that was not, on a CPU to the last bit."""
+    was stopped and resumed ends like one that was not (on a CPU, to the last bit)."""
     step, n_read, _, val_loss = checkpoint["history"][-1]
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
@@ -651,7 +651,7 @@ def restore(last, model, optimizers):
         for optimizer, means in zip(optimizers, last["optimizers"], strict=True):
             optimizer.n_steps = last["step"]
             for mean, saved in zip(optimizer.means, means, strict=True):
-                mean.view_as(saved).copy_(saved)  # an error if the shapes differ
+                mean.view_as(saved).copy_(saved)  # an error if the sizes differ
     return last["step"], last["n_read"], time.perf_counter() - last["seconds"]
 
 
@@ -665,7 +665,7 @@ def show_cost(config, model, train_data, step):
     """What the run will take, before it begins."""
     x, _ = train_data.training_batch(0)
     passes = config.max_iters * len(x) / train_data.n_rows
-    gigabytes = 16 * sum(p.numel() for p in model.parameters()) / 1e9  # weights, best ones, means
+    gigabytes = 16 * sum(p.numel() for p in model.parameters()) / 1e9  # last, best, 2 means
     print(f"steps {step:,} to {config.max_iters:,} of {x.numel():,} tokens: "
           f"{x.numel() * config.max_iters:,} in all, {passes:.2g} passes through the data; "
           f"a checkpoint of at most {gigabytes:.2g} GB every {config.eval_interval} steps")
@@ -682,7 +682,7 @@ def bytes_per_token(data, tokenizer):
 
 
 def describe(loss, bytes_per_token):
-    """With bits per byte and the perplexity: a uniform guess of so many tokens has this loss."""
+    """Loss, perplexity (a uniform guess among so many tokens has this loss), bits per byte."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits/byte)"
 
@@ -706,7 +706,7 @@ def report(checkpoint, model, tokenizer, val_data, config):
 
 
 def utilization(model, config, tokens_per_second):
-    """Model flops utilization (MFU; Chowdhery et al. 2022, B): the share of its speed in use."""
+    """Model flops utilization (MFU; Chowdhery et al. 2022, B): how much of its speed is used."""
     device = model.lm_head.weight.device
     n_params = sum(p.numel() for p in model.parameters())
     per_token = 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size
@@ -724,8 +724,8 @@ def matrix_rate(device, dtype):
 
 # ---- Published weights --------------------------------------------------------------------------
 
-# This part reads files, and can be skipped. The parameters have our names, or end in them. Three
-# kinds are transposed: OpenAI's layers compute x @ weight, nn.Linear computes x @ weight.T.
+# This part reads files, and can be skipped. The names in them are ours, or lack "transformer.".
+# Three kinds are transposed: OpenAI's layers compute x @ weight, nn.Linear computes x @ weight.T.
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 PUBLISHED = {  # revision; where it is known, the first half of model.safetensors's SHA-256
@@ -751,7 +751,7 @@ def find_weights(name):
 
 
 def load_pretrained(name):
-    """The checkpoint of a trained model; of a published model, those parts that it has."""
+    """The checkpoint of a trained model; of a published one: configuration, vocabulary, weights."""
     if name in SIZES:
         return dict(config=vars(GPTConfig(**SIZES[name])), text_before=END_OF_TEXT,
                     model=read_safetensors(find_weights(name)), vocab=gpt2_tokenizer().tokens)
@@ -827,7 +827,7 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() makes this of any other (full disk, Ctrl-C)
+    except RuntimeError as error:  # torch.save() raises it after any other (full disk, Ctrl-C)
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
@@ -858,7 +858,7 @@ def load_checkpoint(path, *scripts, mmap=False):
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is missing, damaged or no checkpoint: {error!s:.60}") from None
     if checkpoint.get("written_by") not in scripts:
-        raise UserError(f"{path} was not written by this {' or '.join(scripts)}")
+        raise UserError(f"{path} was not written by this version of {' or '.join(scripts)}")
     return checkpoint
 
 
@@ -902,7 +902,7 @@ def join_processes(device):
             raise UserError("several processes: only with CUDA GPUs or --device cpu")
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", RANK)))
-        # torchrun's store outlives a restart: the prefix tells new entries from old ones.
+        # torchrun keeps its store through restarts: the prefix sets this start's entries apart.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -934,7 +934,7 @@ def load_tokens(config, tokenizer):
 
 
 def choose_settings(flags, device, resumed, trained, more_settings={}):
-    """The settings of a run. Where several of these lines apply to one of them, the last counts."""
+    """The settings of a run. Where several sources give the same setting, the last one counts."""
     given = GPTConfig(**flags)
     if os.path.realpath(given.init) == os.path.realpath(given.out) and not resumed:
         raise UserError("--init and --out are the same file: give another --out")
@@ -1011,7 +1011,7 @@ def main(load_data=load_tokens, more_settings={}):
     join_processes(device)
     resumed = from_first_process(lambda: config.resume and Path(config.out).exists())
     start = config.out if resumed else config.init
-    trained = from_first_process(load_pretrained, start) if start else None  # where to go on
+    trained = from_first_process(load_pretrained, start) if start else None  # to start from
     config = from_first_process(choose_settings, flags, device, resumed, trained, more_settings)
     tokenizer = None  # to be learned from the data
     if trained:

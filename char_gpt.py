@@ -48,7 +48,7 @@ class GPTConfig:
     batch_size: int = 16  # sequences per step
     max_iters: int = 1400  # steps of gradient descent
     eval_interval: int = 200  # steps between evaluations
-    learning_rate: float = 0.006  # of Adam: see make_optimizers()
+    learning_rate: float = 0.006  # of Adam, for embeddings, gains and biases
     muon_learning_rate: float = 0.025  # of Muon, for the matrices in the blocks
     warmup_iters: int = 10  # steps over which the learning rates rise from zero
     weight_decay: float = 0.3  # pulls the matrices towards zero, against overfitting
@@ -62,7 +62,7 @@ class GPTConfig:
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/char_gpt.pt"  # checkpoint, for sample.py and --resume
 
-# What a CPU trains: a smaller model, in 3.5 minutes, which overfits less and needs less decay.
+# What a CPU trains, in 3.5 minutes: a smaller model, which overfits less and needs less decay.
 CPU_SETTINGS = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, weight_decay=0.1,
                     max_iters=2100, eval_interval=300)  # reads the training text 4.3 times
 
@@ -75,7 +75,7 @@ class CharTokenizer:
         self.chars = sorted(set(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
         self.tokens = [char.encode() for char in self.chars]  # as bytes, for sample.py
-        self.end_of_text = -1  # for sample.py: no token, as none has this number, ends a text
+        self.end_of_text = -1  # for sample.py: no token has this number, so none ends a text
 
     def encode(self, text):
         unknown = set(text) - set(self.chars)
@@ -107,10 +107,10 @@ def get_batch(data, config, step):
     B = config.batch_size
     T = config.block_size
     n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
-    steps_per_epoch = max(1, n_windows // B)  # what fills no batch is left out
+    steps_per_epoch = max(1, n_windows // B)  # windows that fill no batch are left out
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))
-    offset = rng.integers(len(data) - n_windows * T)  # anywhere in what is left over
+    offset = rng.integers(len(data) - n_windows * T)  # as far as the last window still fits
     order = rng.permutation(n_windows)
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
     rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
@@ -124,7 +124,7 @@ def get_batch(data, config, step):
 class LayerNorm(nn.Module):
     """Shifts and scales the vector of each token to mean 0 and variance 1, however large it was.
     Then each of the C numbers is multiplied by a learned gain (weight) and a learned bias is added.
-    So the next layer always gets numbers of about the same scale, which is learned for that layer.
+    So the next layer always gets numbers of about the same size, and that size is learned.
     Ba, Kiros & Hinton 2016."""
     by_hand = False  # GPT sets it to config.by_hand
     def __init__(self, n_embd):
@@ -143,8 +143,8 @@ class LayerNorm(nn.Module):
 
 class GELU(nn.Module):
     """The activation function: a smooth version of max(0, x). It stands between two multiplications
-    by a matrix, which would amount to a single one without it. It is x * P(Z <= x), with Z a normal
-    variable; the formula with tanh comes very close to that. Hendrycks & Gimpel 2016."""
+    by a matrix, which would amount to a single one without it. It is x * P(Z <= x), where Z is a
+    standard normal variable; the formula with tanh is very close. Hendrycks & Gimpel 2016."""
     by_hand = False
     def forward(self, x):
         if not self.by_hand:
@@ -157,7 +157,7 @@ def attention(q, k, v):
 
     Learned matrices compute three vectors of head_size numbers from each token: a query (what it is
     looking for), a key (what it offers) and a value (what it passes on to those that choose it).
-    The dot product of one token's query and another's key, divided by sqrt(head_size), is a score.
+    The dot product of a token's query and any token's key, divided by sqrt(head_size), is a score.
     Scores for later tokens are masked out. Softmax turns the others into attention weights, which
     sum to 1, and the result is the weighted mean of the values. For example, with T = 3 tokens (a
     row for each query, a column for each key) and values of one number each, 10, 20 and 30:
@@ -170,7 +170,7 @@ def attention(q, k, v):
     q, k, v and the result are (B, n_head, T, head_size): there are n_head such tables for each
     sequence, as CausalSelfAttention explains. Vaswani et al. 2017, section 3.2.1."""
     T, head_size = q.shape[-2:]
-    # A sum of head_size independent terms grows with sqrt(head_size). Without the division, large
+    # A sum of head_size independent terms around 0 grows with sqrt(head_size). Undivided, large
     # scores would push the softmax towards 0 and 1, where its gradient vanishes.
     scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T)
     # The causal mask: no token may see the ones after it, or it would see what it has to predict.
@@ -266,7 +266,7 @@ class GPT(nn.Module):
 
     def initialize(self, config):
         """Random weights: if all were equal, all numbers in a layer would get equal gradients and
-        stay equal. Small ones (GPT-2: 0.02, but 0.01 for positions) give almost a uniform guess."""
+        stay equal. Small ones give almost a uniform guess. (0.02 is GPT-2's, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -282,8 +282,8 @@ class GPT(nn.Module):
         B, T = idx.shape
         if T > self.context_size:
             raise UserError(f"{T} tokens do not fit into a context of {self.context_size}")
-        # The weight of a token in attention does not depend on where it stands. So its vector must
-        # say that, too: one embedding is of the token, one of its position.
+        # Attention weights depend only on the vectors. So a token's vector must say where the token
+        # stands: it is the sum of an embedding of the token and one of the position.
         positions = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for block in self.transformer.h:
@@ -296,8 +296,8 @@ class GPT(nn.Module):
 
 # What it costs. A block has 12 C^2 parameters: 4 C^2 for attention, 8 C^2 for the MLP. To predict a
 # token takes 2 operations per parameter of a matrix, and 4 T C per block for attention; backward()
-# takes twice as many: for y = W x, the gradients of W and of x. Memory: 4 bytes for each parameter,
-# its gradient and its means in the optimizer, and 4 (bfloat16: 2) for what backward() looks up.
+# takes twice as many: for y = W x, the gradients of W and of x. Memory: 4 bytes for each number, in
+# parameters, gradients, optimizers' means, and results that backward() uses (in bfloat16: 2 bytes).
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -321,8 +321,8 @@ def generate(model, idx, max_new_tokens, choose=sample):
 
 class Optimizer:
     """What Adam and Muon have in common. Plain gradient descent has one learning rate for all, but
-    some parameters have gradients a thousand times as large as others. Here, update() decides how
-    each one moves, by running means of its gradients, since a single one comes from one batch. With
+    some parameters have gradients a thousand times as large as others. Here, update() computes each
+    one's step from running means of its gradients, since the gradient of one batch is noisy. With
     weight decay, each step also shrinks the parameters a little, so that only what the gradients
     keep asking for becomes large. Small parameters of equal shape are stacked: on a GPU, many small
     operations take longer than one that works on all of them."""
@@ -381,13 +381,13 @@ def orthogonalize(x, rounds=4):
     strengths can be changed without knowing U and V: U^T U and V^T V are the identity, so that
     X X^T X is U S^3 V^T, and the strengths of a X + b (X X^T) X + c (X X^T)^2 X are
     a s + b s^3 + c s^5. With the a, b, c below (Jordan et al. 2024), a small s becomes 3.4 times as
-    large, and from 0.2 upwards it stays between 0.65 and 1.21. In four rounds, 0.1 becomes 0.340,
+    large, and one from 0.2 to 1.2 stays between 0.65 and 1.21. In four rounds, 0.1 becomes 0.340,
     0.992, 0.707, 1.107, and 0.001 becomes 0.003, 0.012, 0.041, 0.140. So not all get close to 1: in
-    the small model, 42% of the strengths end above 0.5 in the first step, and 81% in step 81."""
+    the small model, 42% of the strengths end above 0.5 in step 1, and 81% in step 81."""
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT  # transposed (U and V change places): X X^T is smaller then
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # by the root of the sum of all s^2
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no s is larger than 1 now
     for _ in range(rounds):
         # bmm() multiplies n pairs of matrices; baddbmm(x, y, z) is beta * x + alpha * y @ z.
         square = torch.bmm(x, x.mT)  # X X^T, (n, rows, rows)
@@ -398,19 +398,19 @@ def orthogonalize(x, rounds=4):
 
 class Muon(Optimizer):
     """For matrices (Jordan et al. 2024). In the gradient of a matrix, a few directions (see above)
-    are strong, and the others can be hundreds of times weaker. Muon makes those of its running mean
-    about equally strong, so that the model also learns what the weak ones say."""
+    are strong, and the others can be hundreds of times weaker. Muon takes the running mean of the
+    gradient and makes its directions about equally strong: the model also learns from weak ones."""
     n_means = 1
     momentum = 0.95
 
     def update(self, grads, means):
         m = means[0]
         m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m)
-        ahead = grads.lerp(m, self.momentum)  # what m would be after the same gradient once more
+        ahead = grads.lerp(m, self.momentum)  # as if this gradient came once more: it counts sooner
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
-        # With a strength of 1, all outputs together change by the length of the input: if there are
-        # 4 times as many, each changes half as much. The factor makes up for this.
+        # If all strengths are 1, the output vector is as long as the input vector. With 4 times as
+        # many numbers in it, each is only half as large. The factor makes up for this.
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
 
 
@@ -466,7 +466,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # Compiled, the same model is faster, but a minute is lost for each shape of x: not to evaluate.
+    # Compiled, the model is faster, but each shape of x costs a minute: evaluate() does without it.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
@@ -497,7 +497,7 @@ def show_progress(step, loss, n_tokens, progress, started):
 def save(checkpoint, started, model, optimizers, path):
     """Write the checkpoint to path. "model" has the weights with the lowest validation loss so far,
     since later ones may overfit. "last" has all that the next step depends on, so that a run that
-    was stopped and resumed ends like one that was not, on a CPU to the last bit."""
+    was stopped and resumed ends like one that was not (on a CPU, to the last bit)."""
     step, n_read, _, val_loss = checkpoint["history"][-1]
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
@@ -519,7 +519,7 @@ def restore(last, model, optimizers):
         for optimizer, means in zip(optimizers, last["optimizers"], strict=True):
             optimizer.n_steps = last["step"]
             for mean, saved in zip(optimizer.means, means, strict=True):
-                mean.view_as(saved).copy_(saved)  # an error if the shapes differ
+                mean.view_as(saved).copy_(saved)  # an error if the sizes differ
     return last["step"], last["n_read"], time.perf_counter() - last["seconds"]
 
 
@@ -561,7 +561,7 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() makes this of any other (full disk, Ctrl-C)
+    except RuntimeError as error:  # torch.save() raises it after any other (full disk, Ctrl-C)
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
@@ -592,7 +592,7 @@ def load_checkpoint(path, *scripts, mmap=False):
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is missing, damaged or no checkpoint: {error!s:.60}") from None
     if checkpoint.get("written_by") not in scripts:
-        raise UserError(f"{path} was not written by this {' or '.join(scripts)}")
+        raise UserError(f"{path} was not written by this version of {' or '.join(scripts)}")
     return checkpoint
 
 

@@ -47,7 +47,7 @@ class SampleConfig:
     num_samples: int = 1  # number of texts
     temperature: float = 1.0  # below 1: likely tokens become likelier; 0: always the likeliest
     top_k: int = 0  # if given, sample from the k likeliest tokens only
-    top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
+    top_p: float = 1.0  # sample from the fewest likeliest tokens with this probability or more
     min_p: float = 0.0  # sample from tokens at least this fraction as likely as the likeliest
     beam: int = 0  # instead of sampling, search for the likeliest text, among this many at a time
     stop: str = ""  # end a text before these characters (in bash, $'\n' is a line break)
@@ -57,7 +57,7 @@ class SampleConfig:
     seed: int = 1337  # for the random numbers: the same seed gives the same text
     probs: str = ""  # show the probability of every token in this text
     explore: str = ""  # make a page for the browser that shows what the model does with this text
-    shapes: str = ""  # show the shapes that this text has on its way through the model
+    shapes: str = ""  # show what goes into each module and what comes out, as shapes, for this text
     curve: bool = False  # show the losses of the checkpoints that are named, in bits per byte
     plot: str = ""  # a file to draw --curve into, such as x.png, or for the page of --explore
 
@@ -70,7 +70,7 @@ class SampleConfig:
 
 def choose(logits, config):
     """Draw a token according to the settings: (B, vocab_size) to (B, 1). No setting cuts off the
-    likeliest token, and a top_k of more tokens than there are cuts off none."""
+    likeliest token, and a top_k larger than the vocabulary cuts off nothing."""
     if config.temperature < 1e-9:  # the limit: all probability is on the likeliest token
         return logits.argmax(dim=-1, keepdim=True)
     logits, tokens = logits.float().sort(dim=-1, descending=True)  # the likeliest first
@@ -96,8 +96,8 @@ def choose(logits, config):
 def beam_search(model, idx, max_new_tokens, width, end):
     """Search for the likeliest text that begins with idx (1, T): extend each of the `width` best
     texts by every token, keep the `width` best of the results, repeat. A text is finished with the
-    token `end`, or after max_new_tokens; `width` of these are enough. Returns their new tokens, the
-    best text first.
+    token `end`, or after max_new_tokens; the search ends with `width` finished texts. Returns their
+    new tokens, the best text first.
 
     The score of a text is its log-probability, the sum of those of its tokens. Every token lowers
     it, so that short texts would win: finished texts are ranked by the mean over their tokens."""
@@ -189,8 +189,8 @@ def quote(tokenizer, token):
 
 @torch.no_grad()
 def next_log_probs(model, idx):
-    """For each token of idx (1, T), the log-probabilities of the next one: (T, vocab_size). In a
-    text that is longer than the context, each prediction sees at least half a context."""
+    """For each token of idx (1, T), the log-probabilities of the next one: (T, vocab_size). After
+    the first context, windows overlap, so that each prediction sees at least half a context."""
     size = model.context_size
     step = max(1, size // 2)
     rows = [model(idx[:, :size])[0][0]]
@@ -233,7 +233,7 @@ def attention_weights(model, ids):
     """(n_layer, n_head, T, T): in each head, row t says how much token t attends to each token."""
     weights = []
     def recording(q, k, v, **settings):  # takes the place of PyTorch's function for a while
-        # With the rows of the identity matrix as values, their weighted mean is the weights.
+        # With the identity matrix as values, weights @ values is the weights themselves.
         weights.append(attention(q, k, torch.eye(len(ids))))
         return attention(q, k, v)
     usual = F.scaled_dot_product_attention
@@ -281,7 +281,7 @@ def explore(model, tokenizer, ids, name, history, config):
         page["lens"] = {"tokens": tokens.tolist(), "probs": probs.tolist()}  # (n_layer + 1, T)
     if n_params <= 16e6:
         page |= page_model(model, tokenizer, rounded=n_params > 2e6)
-    data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # </script> does no harm
+    data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # no </script> inside
     html = (bpe_gpt.DATA / "explore.html").read_text(encoding="utf-8")
     script = (bpe_gpt.DATA / "gpt2.js").read_text(encoding="utf-8")
     html = html.replace("/* data/gpt2.js comes here */", script)
@@ -323,7 +323,7 @@ def read_curve(path):
     are in bits per byte of text, which can be compared between models with different tokens."""
     checkpoint = load_checkpoint(path, *CHARACTER_MODELS, "bpe_gpt")
     if checkpoint.get("templates") or not checkpoint["history"]:
-        raise UserError(f"{path} was trained on instructions, not on a text, or elsewhere")
+        raise UserError(f"{path} has no losses on a text: trained on instructions, or elsewhere")
     train_bytes, val_bytes = checkpoint["bytes_per_token"]  # of the two parts of its text
     return [(n_read * train_bytes / 1e6,
              train_loss / math.log(2) / train_bytes, val_loss / math.log(2) / val_bytes)
@@ -369,7 +369,7 @@ def load_model(name):
         checkpoint = load_checkpoint(name, *CHARACTER_MODELS, "bpe_gpt", mmap=mmap)
     written_by = checkpoint.get("written_by", "bpe_gpt")
     Config, Model = CHARACTER_MODELS.get(written_by, (bpe_gpt.GPTConfig, bpe_gpt.GPT))
-    settings = checkpoint["config"] | {"by_hand": False}  # attention_weights() needs PyTorch's
+    settings = checkpoint["config"] | {"by_hand": False}  # attention_weights() replaces PyTorch's
     config = Config(**{n: x for n, x in settings.items() if hasattr(Config, n)})
     if written_by == "bpe_gpt":
         model = bpe_gpt.build_model(checkpoint, config)
@@ -401,7 +401,7 @@ def parse_flags(Config):
     if "" in [flags[name] for name in looks]:
         raise UserError(f"--{looks[0]} needs a text")
     for name in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "num_samples"):
-        if not flags.get(name, 0) >= 0:  # nan is neither
+        if not flags.get(name, 0) >= 0:  # (`< 0` would let nan pass)
             raise UserError(f"--{name} must not be negative")
     for name in ("temperature", "top_k", "top_p", "min_p"):
         if name in flags and flags.get("beam"):
@@ -429,7 +429,7 @@ def main():
     if config.curve:
         return show_curves(names, config.plot)
     model, tokenizer, checkpoint = load_model(names[0])
-    text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # in training
+    text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # before each text
     before = [tokenizer.tokens.index(text_before.encode())]  # so that the first token is predicted
     if config.probs:
         return show_probs(model, tokenizer, before + tokenizer.encode(config.probs))

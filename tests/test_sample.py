@@ -499,7 +499,7 @@ def test_a_mistake_gets_one_line_that_names_it(clone, flags, clue):
 def test_curves_are_of_texts_only(clone, changed):
     path = changed("bpe_gpt", templates=instruct.TEMPLATES)
     error = one_line_error("sample.py", "--curve", path, cwd=clone)
-    assert "bpe_gpt.pt was trained on instructions, not on a text" in error
+    assert "bpe_gpt.pt has no losses on a text" in error
 
 
 def test_without_a_checkpoint_there_is_no_text(clone, tmp_path):

@@ -695,7 +695,7 @@ def test_a_checkpoint_of_another_script_is_not_resumed(script, train, tmp_path):
     other = char_gpt if script is bpe_gpt else bpe_gpt
     train(other, "x.pt", FLAGS[other])
     before = (tmp_path / "x.pt").read_bytes()
-    clue = f"x.pt was not written by this {script.__name__}$"
+    clue = f"x.pt was not written by this version of {script.__name__}$"
     with pytest.raises(script.UserError, match=clue):
         train(script, "x.pt", "--resume")
     if script is bpe_gpt:
