@@ -38,7 +38,7 @@ class BigramConfig:
     batch_size: int = 32  # sequences per step
     max_iters: int = 1000  # steps of gradient descent
     eval_interval: int = 250  # steps between evaluations
-    learning_rate: float = 200.0  # size of the first steps; it falls linearly to zero
+    learning_rate: float = 200.0  # size of the first steps, found by trial; it falls to zero
     seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/bigram.pt"  # checkpoint, for sample.py
@@ -86,7 +86,7 @@ def get_batch(data, config, step):
     n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
     steps_per_epoch = max(1, n_windows // B)  # windows that fill no batch are left out
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
-    rng = np.random.default_rng((config.seed, epoch))
+    rng = np.random.default_rng((config.seed, epoch))  # apart from PyTorch's random numbers
     offset = rng.integers(len(data) - n_windows * T)  # as far as the last window still fits
     order = rng.permutation(n_windows)
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
@@ -135,7 +135,7 @@ def count_bigrams(data, vocab_size, add=0):
 
     No table has a lower loss on this data. For row i, the gradient of the loss is proportional to
     softmax(row i) minus these frequencies: zero when the two are equal. The loss is convex (shaped
-    like a bowl), so that this is its minimum. A better model has to look further back.
+    like a bowl), so that this is its minimum. A better model looks further back, and has to learn.
     add=1 adds one to every count. Without it, the probability of a pair that is not in data would
     be 0, and one such pair in the validation text would make the loss infinite."""
     # The number of the pair (a, b) is its position in the table, with the rows laid end to end.

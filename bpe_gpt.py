@@ -135,7 +135,7 @@ def train_bpe(text, vocab_size):
         if pair_counts[pair] != -count:  # out of date
             continue
         starts = find_pair(ids, pair)
-        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # each position once
+        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # each once; ids[-1] is -1
         ids[starts] = len(tokens)
         ids = np.delete(ids, starts + 1)
         times = np.delete(times, starts + 1)
@@ -159,8 +159,7 @@ def find_pair(ids, pair):
 def encode_word(word, ranks):
     """The tokens of a word, given as bytes; ranks has the number of each token. Of all neighbours
     that together are a token, those with the lowest number, which was learned first, are merged,
-    again and again. Where "lo", "ow" and "er" were learned in this order, "lower" becomes
-    l o w e r, then lo w e r, then lo w er: there is no o left for "ow"."""
+    again and again. If "lo", "ow", "er" were learned in this order, "lower" becomes lo w er."""
     parts = [bytes([b]) for b in word]
     while len(parts) > 1:
         merged = [a + b for a, b in zip(parts, parts[1:])]
@@ -295,7 +294,7 @@ class CausalSelfAttention(nn.Module):
             raise UserError(f"--n_head {config.n_head} does not divide --n_embd {config.n_embd}")
         self.n_head = config.n_head
         # nn.Linear multiplies by a learned matrix and adds a learned bias. (c_ names are OpenAI's.)
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads found
 
     def forward(self, x, cache=None):
@@ -501,7 +500,7 @@ class Muon(Optimizer):
 
     def update(self, grads, means):
         m = means[0]
-        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m)
+        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); its size will not matter
         ahead = grads.lerp(m, self.momentum)  # as if this gradient came once more: it counts sooner
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
@@ -567,8 +566,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
             _, mean = model(batch_x, batch_y)
         batch_loss = mean * (batch_y != -100).sum() / n_targets  # its part of the step's mean
         batch_loss.backward()
-        if len(batch_x) > 0:  # a process without rows: its mean is nan, its gradients are 0
-            loss += batch_loss.detach()
+        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # without rows, the mean is nan
     if N_PROCESSES > 1:
         tensors = [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
         vector = nn.utils.parameters_to_vector(tensors)  # end to end, to be sent at once
@@ -608,7 +606,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
             losses = []
             checkpoint["log"].append(dict(step=step, tokens=n_read, val_loss=val_loss))
             if RANK == 0:
-                save(checkpoint, started, model, optimizers, config.out)
+                config.out = save(checkpoint, started, model, optimizers, config.out)
                 write_log(checkpoint["log"], config.out)
                 report(checkpoint, model, tokenizer, val_data, config)
 
@@ -632,7 +630,8 @@ def save(checkpoint, started, model, optimizers, path):
     earlier = checkpoint["history"][:-1]
     if earlier and os.path.exists(path):
         if load_checkpoint(path, "bpe_gpt", mmap=True)["history"] != earlier:
-            raise UserError(f"another run has replaced {path}: give each run an --out of its own")
+            print(f"another run has replaced {path}: this one goes on under another name")
+            path = f"{path.removesuffix('.pt')}-{os.getpid()}.pt"
     copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
     weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
@@ -642,6 +641,7 @@ def save(checkpoint, started, model, optimizers, path):
         optimizers=[optimizer.means for optimizer in optimizers])
     with replacing(path) as file:
         torch.save(checkpoint, file)
+    return path
 
 
 def restore(last, model, optimizers):
@@ -950,7 +950,7 @@ def choose_settings(flags, device, resumed, trained, more_settings={}):
         settings |= FOLDER_SETTINGS
         if small:
             settings["total_batch_size"] = 2**14
-        n_tokens = os.path.getsize(f"{given.data}/train.bin") // 2
+        n_tokens = os.path.getsize(f"{given.data}/train.bin") // 2  # of two bytes each
         per_step = (settings | flags)["total_batch_size"]
         settings["max_iters"] = max(1, n_tokens // per_step)  # so that all of it is read once
     if given.init:

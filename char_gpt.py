@@ -109,7 +109,7 @@ def get_batch(data, config, step):
     n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
     steps_per_epoch = max(1, n_windows // B)  # windows that fill no batch are left out
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
-    rng = np.random.default_rng((config.seed, epoch))
+    rng = np.random.default_rng((config.seed, epoch))  # apart from PyTorch's random numbers
     offset = rng.integers(len(data) - n_windows * T)  # as far as the last window still fits
     order = rng.permutation(n_windows)
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
@@ -189,7 +189,7 @@ class CausalSelfAttention(nn.Module):
             raise UserError(f"--n_head {config.n_head} does not divide --n_embd {config.n_embd}")
         self.n_head = config.n_head
         # nn.Linear multiplies by a learned matrix and adds a learned bias. (c_ names are OpenAI's.)
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads found
 
     def forward(self, x):
@@ -405,7 +405,7 @@ class Muon(Optimizer):
 
     def update(self, grads, means):
         m = means[0]
-        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m)
+        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); its size will not matter
         ahead = grads.lerp(m, self.momentum)  # as if this gradient came once more: it counts sooner
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]

@@ -279,7 +279,7 @@ def explore(model, tokenizer, ids, name, history, config):
         x = torch.cat([calls[0][1], *(output for _, _, output in calls)])  # before and after blocks
         probs, tokens = model.lm_head(model.transformer.ln_f(x)).softmax(dim=-1).max(dim=-1)
         page["lens"] = {"tokens": tokens.tolist(), "probs": probs.tolist()}  # (n_layer + 1, T)
-    if n_params <= 16e6:
+    if n_params <= 16e6:  # of a larger model, the file would be too large
         page |= page_model(model, tokenizer, rounded=n_params > 2e6)
     data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # no </script> inside
     html = (bpe_gpt.DATA / "explore.html").read_text(encoding="utf-8")
@@ -390,7 +390,7 @@ def parse_flags(Config):
         switch = {"action": argparse.BooleanOptionalAction}  # such as --curve and --no-curve
         kind = switch if field.type is bool else {"type": field.type}
         parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
-    flags = vars(parser.parse_args())
+    flags = vars(parser.parse_intermixed_args())  # models may come before and after flags
     looks = [name for name in ("probs", "explore", "shapes", "curve") if name in flags]
     if len(looks) > 1:
         raise UserError(f"--{looks[0]} and --{looks[1]}: one at a time")

@@ -785,7 +785,7 @@ def test_a_run_whose_loss_is_no_number_keeps_the_older_checkpoint(
     assert (tmp_path / "x.pt").read_bytes() == before
 
 
-def test_a_run_does_not_replace_the_file_of_another_run(train, monkeypatch, tmp_path):
+def test_a_run_does_not_replace_the_file_of_another_run(train, monkeypatch, capsys, tmp_path):
     """Two runs with one --out: the second saves between two evaluations of the first."""
     flags = FLAGS[bpe_gpt]
     other = train(bpe_gpt, "other.pt", flags + " --seed 7")
@@ -797,9 +797,14 @@ def test_a_run_does_not_replace_the_file_of_another_run(train, monkeypatch, tmp_
         return training_step(*args)
 
     monkeypatch.setattr(bpe_gpt, "training_step", step_beside_another_run)
-    with pytest.raises(bpe_gpt.UserError, match="another run has replaced x.pt"):
-        train(bpe_gpt, "x.pt", flags)
-    assert same(bpe_gpt.load_checkpoint("x.pt", "bpe_gpt"), other)
+    assert same(train(bpe_gpt, "x.pt", flags), other)
+    assert "another run has replaced x.pt" in capsys.readouterr().out
+    (name,) = tmp_path.glob("x-*.pt")
+    goes_on = bpe_gpt.load_checkpoint(name, "bpe_gpt")
+    assert len(goes_on["history"]) == 3 and goes_on["config"]["out"] == name.name
+    whole = train(bpe_gpt, "whole.pt", flags)
+    assert same(without_seconds(goes_on), without_seconds(whole))
+    assert name.with_suffix(".jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
 def test_a_run_writes_its_file_again_if_it_was_deleted(train, monkeypatch, tmp_path):
