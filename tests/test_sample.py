@@ -496,6 +496,11 @@ def test_a_mistake_gets_one_line_that_names_it(clone, flags, clue):
     assert clue in one_line_error("sample.py", *flags, cwd=clone)
 
 
+def test_models_may_be_named_before_and_after_the_flags(command):
+    usual = command(*CURVES).out
+    assert command("out/bigram.pt", "--curve", "out/char_gpt.pt").out == usual
+
+
 def test_curves_are_of_texts_only(clone, changed):
     path = changed("bpe_gpt", templates=instruct.TEMPLATES)
     error = one_line_error("sample.py", "--curve", path, cwd=clone)
