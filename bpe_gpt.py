@@ -938,9 +938,6 @@ def choose_settings(flags, device, resumed, trained, more_settings={}):
     given = GPTConfig(**flags)
     if os.path.realpath(given.init) == os.path.realpath(given.out) and not resumed:
         raise UserError("--init and --out are the same file: give another --out")
-    trial = Path(f"{given.out}.{os.getpid()}.tmp")  # any error comes now, not after hours
-    trial.touch()
-    trial.unlink()
     settings = {}
     small = device.type != "cuda" and not (given.full or given.init or resumed)
     if small:
@@ -1007,6 +1004,8 @@ def main(load_data=load_tokens, more_settings={}):
     flags = parse_flags(GPTConfig)
     config = GPTConfig(**flags)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not at the first evaluation
+    Path(f"{config.out}.tmp").touch()  # an error now, if it cannot be written
+    Path(f"{config.out}.tmp").unlink(missing_ok=True)
     device = pick_device(config.device)
     join_processes(device)
     resumed = from_first_process(lambda: config.resume and Path(config.out).exists())

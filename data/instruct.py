@@ -2,11 +2,30 @@
 
     python data/instruct.py --init gpt2                  # learns from data/instructions.json
     python data/instruct.py --init gpt2 --data my.json   # from records of your own
-    python data/instruct.py                              # a small model from scratch, on a CPU
+    python data/instruct.py                              # a small model, on a CPU: see below
     python sample.py --instruct "Name the opposite." --input "heavy"
 
 The flags are those of bpe_gpt.py. The file has a list of records, like Stanford Alpaca's (Taori et
 al. 2023): [{"instruction": "Name the opposite.", "input": "heavy", "output": "light"}, ...].
+
+A small model that has read nothing else learns the form of an answer from those records, but knows
+too little. It can learn small tasks, such as these, in MINUTES minutes on two CPU cores:
+
+    import json, re
+    text = open("data/tinyshakespeare.txt", encoding="utf-8").read()
+    words = sorted(set(re.findall("[a-z]{3,8}", text)))[::8]
+    tasks = {"Write the word in capital letters.": str.upper, "Spell the word.": "-".join,
+             "Write the word twice.": "{0} {0}".format, "Name the first letter.": lambda x: x[0]}
+    records = [dict(instruction=task, input=word, output=answer(word))
+               for task, answer in tasks.items() for word in words]
+    json.dump(records, open("words.json", "w"))
+
+    python data/instruct.py --data words.json --vocab_size 380 --block_size 80 --batch_size 32 \\
+        --total_batch_size 2560 --max_iters 1500 --eval_interval 500 --out out/words.pt
+    python sample.py out/words.pt --instruct "Spell the word." --input tempest --temperature 0
+
+Of 50 words that it had not seen, it then wrote A in capital letters, B with hyphens, C twice, and of
+all the first letter.
 """
 # /// script
 # requires-python = ">=3.11"
