@@ -1020,8 +1020,7 @@ def main(load_data=load_tokens, more_settings={}):
     train_data, val_data, tokenizer = load_data(config, tokenizer)
     config.vocab_size = V = len(tokenizer.tokens)
     torch.manual_seed(config.seed)  # of the initial weights
-    model = GPT(config) if resumed or not trained else build_model(trained, config)
-    model.to(device)
+    model = (GPT(config) if resumed or not trained else build_model(trained, config)).to(device)
     for p in model.parameters() if N_PROCESSES > 1 else []:
         dist.broadcast(p.data, 0)  # all begin with the weights of the first process
     dtype = pick_dtype(config.dtype, device)
