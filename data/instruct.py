@@ -22,10 +22,10 @@ too little. It can learn small tasks, such as these, in MINUTES minutes on two C
 
     python data/instruct.py --data words.json --vocab_size 380 --block_size 80 --batch_size 32 \\
         --total_batch_size 2560 --max_iters 1500 --eval_interval 500 --out out/words.pt
-    python sample.py out/words.pt --instruct "Spell the word." --input tempest --temperature 0
+    python sample.py out/words.pt --instruct "Spell the word." --input dragon --temperature 0
 
-Of 50 words that it had not seen, it then wrote A in capital letters, B with hyphens, C twice, and of
-all the first letter.
+Of 50 words that it has never seen, such as this one, it spells 45, writes 41 in capital letters and
+33 twice, and names the first letter of all 50, without a mistake.
 """
 # /// script
 # requires-python = ">=3.11"
