@@ -440,7 +440,7 @@ def main():
     if config.shapes:
         return show_shapes(model, tokenizer.encode(config.shapes))
     templates = checkpoint.get("templates")  # of prompts, if it was trained on instructions
-    if config.instruct and not templates:
+    if (config.instruct or config.input) and not templates:
         raise UserError(f"{names[0]} was not trained on instructions: see data/instruct.py")
     device = pick_device(config.device)
     is_large = sum(p.numel() for p in model.parameters()) > 50e6
@@ -452,7 +452,7 @@ def main():
     torch.manual_seed(config.seed)
     for text in typed_lines() if config.interactive else [config.instruct or config.prompt]:
         try:
-            if config.instruct or (config.interactive and templates):
+            if config.instruct or config.input or (config.interactive and templates):
                 prompt = templates[config.input != ""].format(instruction=text, input=config.input)
                 ids = tokenizer.encode(prompt, special=())
                 text = ""  # only the response is shown

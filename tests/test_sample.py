@@ -452,6 +452,9 @@ def test_instructions_become_prompts_of_ordinary_text(command, changed, monkeypa
         assert tokenizer.decode(idx[0].tolist()) == expected and prompt == ""
         assert tokenizer.end_of_text not in idx
     assert len(seen) == 2
+    command(path, "--input", "1 2")  # is not left out, although no instruction came with it
+    _, tokenizer, idx, *_ = seen[2]
+    assert "### Input:\n1 2\n" in tokenizer.decode(idx[0].tolist())
 
 
 def test_prompts_are_answered_one_after_the_other(command, monkeypatch):
@@ -481,6 +484,7 @@ MISTAKES = [
     (["--beam", "3", "--temperature", "0.5"], "--temperature has no effect"),
     (["--device", "cuda"], "no such device"),
     (["--top_k", "-1"], "--top_k must not be negative"),
+    (["--input", "heavy"], "was not trained on instructions"),
     (["--temperature", "-1"], "--temperature must not be negative"),
     (["--temperature", "nan"], "--temperature must not be negative"),
     (["--shapes", "The sea " * 20], "160 tokens do not fit"),
