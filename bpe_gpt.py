@@ -666,7 +666,7 @@ def show_cost(config, model, train_data, step):
     x, _ = train_data.training_batch(0)
     passes = config.max_iters * len(x) / train_data.n_rows
     gigabytes = 16 * sum(p.numel() for p in model.parameters()) / 1e9  # last, best, 2 means
-    print(f"steps {step:,} to {config.max_iters:,} of {x.numel():,} tokens: "
+    print(f"steps {step:,} to {config.max_iters:,} of about {x.numel():,} tokens: "
           f"{x.numel() * config.max_iters:,} in all, {passes:.2g} passes through the data; "
           f"a checkpoint of at most {gigabytes:.2g} GB every {config.eval_interval} steps")
 

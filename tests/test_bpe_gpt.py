@@ -585,7 +585,7 @@ def test_the_command_says_what_it_does(clone):
     assert float(loss) < 4.5 and 2 < float(bits) < 5
     assert float(perplexity) == pytest.approx(math.exp(float(loss)), abs=0.01)
     for part in ("--full trains", "not the defaults: vocab_size 300, n_layer 2", "parameters",
-                 "steps 0 to 60 of 512 tokens: 30,720 in all, ", "best val loss"):
+                 "steps 0 to 60 of about 512 tokens: 30,720 in all, ", "best val loss"):
         assert part in output
     assert "next: python sample.py out/bpe_gpt.pt" in output
 
@@ -832,7 +832,7 @@ def test_what_a_run_will_take_is_printed_before_it_begins(capsys):
     bpe_gpt.show_cost(config, model, data, 12)
     n = sum(p.numel() for p in model.parameters())
     assert capsys.readouterr().out == (
-        f"steps 12 to 37 of 160 tokens: 5,920 in all, {370 / 61:.2g} passes through the data; "
+        f"steps 12 to 37 of about 160 tokens: 5,920 in all, {370 / 61:.2g} passes through the data; "
         f"a checkpoint of at most {16 * n / 1e9:.2g} GB every 10 steps\n")
 
 
