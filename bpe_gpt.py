@@ -938,6 +938,8 @@ def choose_settings(flags, device, resumed, trained, more_settings={}):
     given = GPTConfig(**flags)
     if os.path.realpath(given.init) == os.path.realpath(given.out) and not resumed:
         raise UserError("--init and --out are the same file: give another --out")
+    if os.path.isdir(given.out):
+        raise UserError(f"--out {given.out} is a folder: give another name")
     settings = {}
     small = device.type != "cuda" and not (given.full or given.init or resumed)
     if small:

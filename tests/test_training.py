@@ -819,11 +819,14 @@ def test_a_run_writes_its_file_again_if_it_was_deleted(train, monkeypatch, tmp_p
     assert len(train(bpe_gpt, "x.pt", FLAGS[bpe_gpt])["history"]) == 3
 
 
-def test_a_file_that_cannot_be_written_is_noticed_before_training(train, monkeypatch):
+def test_a_file_that_cannot_be_written_is_noticed_before_training(train, monkeypatch, tmp_path):
     """Here the name is too long: not that of the checkpoint, but of the file that becomes it."""
     stop_at(bpe_gpt, monkeypatch, 0)
     with pytest.raises(OSError):
         train(bpe_gpt, 251 * "x" + ".pt", FLAGS[bpe_gpt])
+    (tmp_path / "x.pt").mkdir()
+    with pytest.raises(bpe_gpt.UserError, match="x.pt is a folder"):
+        train(bpe_gpt, "x.pt", FLAGS[bpe_gpt])
 
 
 @for_each_script
