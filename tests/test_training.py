@@ -472,7 +472,7 @@ def test_the_training_loss_of_the_bigram_model_is_this_mean_too():
     assert len(losses) == 12
     means = [np.mean(losses[:5]), np.mean(losses[5:10]), np.mean(losses[10:])]
     assert [entry[2] for entry in checkpoint["history"]] == pytest.approx(means)
-    assert [entry[0] for entry in checkpoint["history"]] == [5, 10, 12]
+    assert [entry[:2] for entry in checkpoint["history"]] == [(5, 80), (10, 160), (12, 192)]
 
 
 @for_each_gpt
