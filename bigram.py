@@ -2,7 +2,7 @@
 
 The model is a table of 65 x 65 scores; row i says how likely each one is to follow character i. All
 around it is what GPT-2 needs, too: text as integers, batches, a loss, gradient descent, validation
-and sampling. char_gpt.py replaces the table by a transformer, the neural network that GPT-2 is.
+and sampling. char_gpt.py replaces the table with a transformer, the kind of network that GPT-2 is.
 
     python bigram.py                       # 4 seconds on two CPU cores
     python bigram.py --data my_text.txt    # any text file in UTF-8
@@ -80,14 +80,14 @@ def get_batch(data, config, step):
 
     An epoch is one pass through the data, in windows that come in random order. With 21 tokens and
     T = 4, for example, they begin at 0, 4, 8, 12, or at 3, 7, 11, 15: another random offset in each
-    epoch gives other windows. All depends only on seed and step, so that a run can be repeated."""
+    epoch gives other windows. All of this depends only on seed and step: a run can be repeated."""
     B = config.batch_size
     T = config.block_size
     n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
-    steps_per_epoch = max(1, n_windows // B)  # windows that fill no batch are left out
+    steps_per_epoch = max(1, n_windows // B)  # windows that do not fill a batch are left out
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
-    rng = np.random.default_rng((config.seed, epoch))  # apart from PyTorch's random numbers
-    offset = rng.integers(len(data) - n_windows * T)  # as far as the last window still fits
+    rng = np.random.default_rng((config.seed, epoch))  # separate from PyTorch's random numbers
+    offset = rng.integers(len(data) - n_windows * T)  # so that the last window still fits
     order = rng.permutation(n_windows)
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
     rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
@@ -135,7 +135,7 @@ def count_bigrams(data, vocab_size, add=0):
 
     No table has a lower loss on this data. For row i, the gradient of the loss is proportional to
     softmax(row i) minus these frequencies: zero when the two are equal. The loss is convex (shaped
-    like a bowl), so that this is its minimum. A better model looks further back, and has to learn.
+    like a bowl), so that this is its minimum. Better models look further back, and need training.
     add=1 adds one to every count. Without it, the probability of a pair that is not in data would
     be 0, and one such pair in the validation text would make the loss infinite."""
     # The number of the pair (a, b) is its position in the table, with the rows laid end to end.

@@ -80,8 +80,8 @@ CPU_SETTINGS = dict(  # without --full and a CUDA GPU: a smaller model, 5.5 minu
     vocab_size=2048, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
     total_batch_size=2048, max_iters=2100, eval_interval=300, learning_rate=0.002,
     muon_learning_rate=0.025, warmup_iters=10, weight_decay=0.15)
-# For a corpus: half a million tokens per step, as for small GPT-3s (Brown et al. 2020); Muon's rate
-# and decay from modded-nanogpt's benchmark; no dropout: what is read once is not memorized.
+# For a corpus: half a million tokens per step, as for GPT-3's small sizes (Brown et al. 2020); rate
+# and decay of Muon from modded-nanogpt's benchmark; no dropout: what is read once is not memorized.
 FOLDER_SETTINGS = dict(
     vocab_size=50257, dropout=0.0, batch_size=32, total_batch_size=2**19, eval_interval=250,
     learning_rate=0.003, muon_learning_rate=0.02, weight_decay=0.01, warmup_iters=100)
@@ -112,7 +112,7 @@ def train_bpe(text, vocab_size):
     each). Then no pair occurs twice, and learning ends. To count all pairs again after each merge
     would take hours, so only the counts of the merged pairs and of their neighbours are changed."""
     words = Counter(regex.findall(WORDS, text))
-    # The tokens of all different words; -1 after each, so that no pair crosses words; their counts.
+    # The tokens of all different words, with -1 after each word; and how often that word occurs.
     ids = np.array([token for word in words for token in [*word.encode(), -1]], np.int32)
     times = np.array([n for word, n in words.items() for _ in [*word.encode(), -1]], np.int32)
     pair_counts = Counter()
@@ -121,7 +121,7 @@ def train_bpe(text, vocab_size):
     def count_pairs(starts, sign):  # of the pairs that begin at these positions of ids
         changes = Counter()
         for a, b, n in zip(ids[starts].tolist(), ids[starts + 1].tolist(), times[starts].tolist()):
-            if -1 not in (a, b):
+            if -1 not in (a, b):  # no pair reaches into another word
                 changes[a, b] += sign * n
         pair_counts.update(changes)  # adds the numbers
         for pair in changes:
@@ -623,15 +623,15 @@ def show_progress(step, loss, n_tokens, progress, started):
 def save(checkpoint, started, model, optimizers, path):
     """Write the checkpoint to path. "model" has the weights with the lowest validation loss so far,
     since later ones may overfit. "last" has all that the next step depends on, so that a run that
-    was stopped and resumed ends like one that was not (on a CPU, to the last bit)."""
+    was stopped and resumed ends like one that was not (on a CPU, to the last bit). Returns path."""
     step, n_read, _, val_loss = checkpoint["history"][-1]
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
-    earlier = checkpoint["history"][:-1]
+    earlier = checkpoint["history"][:-1]  # what this run has saved so far, if nobody replaced it
     if earlier and os.path.exists(path):
         if load_checkpoint(path, "bpe_gpt", mmap=True)["history"] != earlier:
-            print(f"another run has replaced {path}: this one goes on under another name")
             path = f"{path.removesuffix('.pt')}-{os.getpid()}.pt"
+            print(f"another run has replaced the checkpoint: from here on, this one saves {path}")
     copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
     weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
@@ -706,7 +706,7 @@ def report(checkpoint, model, tokenizer, val_data, config):
 
 
 def utilization(model, config, tokens_per_second):
-    """Model flops utilization (MFU; Chowdhery et al. 2022, B): how much of its speed is used."""
+    """MFU, model flops utilization (Chowdhery et al. 2022): how much of the speed is in use."""
     device = model.lm_head.weight.device
     n_params = sum(p.numel() for p in model.parameters())
     per_token = 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size

@@ -103,14 +103,14 @@ def get_batch(data, config, step):
 
     An epoch is one pass through the data, in windows that come in random order. With 21 tokens and
     T = 4, for example, they begin at 0, 4, 8, 12, or at 3, 7, 11, 15: another random offset in each
-    epoch gives other windows. All depends only on seed and step, so that a run can be repeated."""
+    epoch gives other windows. All of this depends only on seed and step: a run can be repeated."""
     B = config.batch_size
     T = config.block_size
     n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
-    steps_per_epoch = max(1, n_windows // B)  # windows that fill no batch are left out
+    steps_per_epoch = max(1, n_windows // B)  # windows that do not fill a batch are left out
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
-    rng = np.random.default_rng((config.seed, epoch))  # apart from PyTorch's random numbers
-    offset = rng.integers(len(data) - n_windows * T)  # as far as the last window still fits
+    rng = np.random.default_rng((config.seed, epoch))  # separate from PyTorch's random numbers
+    offset = rng.integers(len(data) - n_windows * T)  # so that the last window still fits
     order = rng.permutation(n_windows)
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
     rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)

@@ -47,7 +47,7 @@ class SampleConfig:
     num_samples: int = 1  # number of texts
     temperature: float = 1.0  # below 1: likely tokens become likelier; 0: always the likeliest
     top_k: int = 0  # if given, sample from the k likeliest tokens only
-    top_p: float = 1.0  # sample from the fewest likeliest tokens with this probability or more
+    top_p: float = 1.0  # sample from the likeliest tokens that together reach this probability
     min_p: float = 0.0  # sample from tokens at least this fraction as likely as the likeliest
     beam: int = 0  # instead of sampling, search for the likeliest text, among this many at a time
     stop: str = ""  # end a text before these characters (in bash, $'\n' is a line break)

@@ -9,7 +9,7 @@ The flags are those of bpe_gpt.py. The file has a list of records, like Stanford
 al. 2023): [{"instruction": "Name the opposite.", "input": "heavy", "output": "light"}, ...].
 
 A small model that has read nothing else learns the form of an answer from those records, but knows
-too little. It can learn small tasks, such as these, in 6.5 minutes on two CPU cores:
+too little. It can learn small tasks, such as these, in about 6.5 minutes on two CPU cores:
 
     import json, re
     text = open("data/tinyshakespeare.txt", encoding="utf-8").read()

@@ -798,8 +798,9 @@ def test_a_run_does_not_replace_the_file_of_another_run(train, monkeypatch, caps
 
     monkeypatch.setattr(bpe_gpt, "training_step", step_beside_another_run)
     assert same(train(bpe_gpt, "x.pt", flags), other)
-    assert "another run has replaced x.pt" in capsys.readouterr().out
     (name,) = tmp_path.glob("x-*.pt")
+    assert f"another run has replaced the checkpoint: from here on, this one saves {name.name}" in (
+        capsys.readouterr().out)
     goes_on = bpe_gpt.load_checkpoint(name, "bpe_gpt")
     assert len(goes_on["history"]) == 3 and goes_on["config"]["out"] == name.name
     whole = train(bpe_gpt, "whole.pt", flags)
