@@ -1,8 +1,8 @@
 """Bigram language model: predict the next character from the current one alone.
 
-The model is a table of 65 x 65 scores; row i says how likely each one is to follow character i. All
-around it is what GPT-2 needs, too: text as integers, batches, a loss, gradient descent, validation
-and sampling. char_gpt.py replaces the table with a transformer, the kind of network that GPT-2 is.
+The model is a table of 65 x 65 scores: row i says how likely each character is to follow the i-th.
+The rest is what OpenAI's GPT-2 needs, too: text as integers, batches, a loss, gradient descent,
+validation and sampling. char_gpt.py puts a transformer, GPT-2's kind of network, in its place.
 
     python bigram.py                       # 4 seconds on two CPU cores
     python bigram.py --data my_text.txt    # any text file in UTF-8
@@ -10,10 +10,6 @@ and sampling. char_gpt.py replaces the table with a transformer, the kind of net
 The validation loss says how badly the model predicts text that it has not seen. On Tiny Shakespeare
 it falls from 4.17 to 2.49. A table made by counting pairs of characters reaches 2.48.
 """
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy"]
-# ///
 
 import argparse
 import inspect
@@ -38,10 +34,10 @@ class BigramConfig:
     batch_size: int = 32  # sequences per step
     max_iters: int = 1000  # steps of gradient descent
     eval_interval: int = 250  # steps between evaluations
-    learning_rate: float = 200.0  # size of the first steps, found by trial; it falls to zero
+    learning_rate: float = 200.0  # factor of the gradient in the first step; it falls to zero
     seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
-    out: str = "out/bigram.pt"  # checkpoint, for sample.py
+    out: str = "out/bigram.pt"  # checkpoint: the trained model, for sample.py
 
 # ---- Data ---------------------------------------------------------------------------------------
 
@@ -52,7 +48,7 @@ class CharTokenizer:
         self.chars = sorted(set(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
         self.tokens = [char.encode() for char in self.chars]  # as bytes, for sample.py
-        self.end_of_text = -1  # for sample.py: no token has this number, so none ends a text
+        self.end_of_text = -1  # for sample.py: no token ends a text, and none is -1
 
     def encode(self, text):
         unknown = set(text) - set(self.chars)
@@ -66,7 +62,8 @@ class CharTokenizer:
 
 def split_data(data, config):
     """Train on the first 90%, validate on the rest. A model can lower its training loss simply by
-    memorizing the text (overfitting). Only text it has never seen shows what it has learned."""
+    memorizing the text (overfitting). Only text it has never seen shows what it has learned: a
+    whole piece, since it would have seen everything around single characters."""
     n = int(0.9 * len(data))
     if len(data) - n <= config.block_size:
         raise UserError(f"{len(data)} characters are too few for --block_size {config.block_size}")
@@ -87,7 +84,7 @@ def get_batch(data, config, step):
     steps_per_epoch = max(1, n_windows // B)  # windows that do not fill a batch are left out
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))  # separate from PyTorch's random numbers
-    offset = rng.integers(len(data) - n_windows * T)  # so that the last window still fits
+    offset = rng.integers(len(data) - n_windows * T)  # at random, as long as the last window fits
     order = rng.permutation(n_windows)
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
     rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
@@ -99,7 +96,8 @@ def cross_entropy(logits, targets):
     """The loss: minus the logarithm of the probability that the model gave to the token that really
     came next, averaged over all positions. (The probability of a whole text is a product of such
     probabilities. The logarithm turns it into a sum.) A model that is certain and right has a loss
-    of 0; one that guesses uniformly among 65 characters has -ln(1/65) = ln(65) = 4.17.
+    of 0; one that guesses uniformly among 65 characters has -ln(1/65) = ln(65) = 4.17. The share of
+    right guesses could not be learned from: small changes of the scores leave it as it is.
 
     The logits (B, T, V) are scores, one for each of the V tokens in the vocabulary. Softmax turns
     them into probabilities: exp(score), divided by the sum of all exp(score). targets is (B, T)."""
@@ -111,8 +109,9 @@ def cross_entropy(logits, targets):
 
 class BigramLanguageModel(nn.Module):
     """Row i of the table holds the scores of all characters that may follow character i. The table
-    is an nn.Embedding, a matrix of parameters whose rows are looked up by number. An nn.Module
-    keeps track of its parameters; calling it, as in model(idx), calls its forward()."""
+    is an nn.Embedding, a matrix of parameters whose rows are looked up by number. (The result is
+    the same as that of a vector, with a 1 at this number and zeros elsewhere, times the matrix.) An
+    nn.Module keeps track of its parameters; calling it, as in model(idx), calls its forward()."""
     context_size = 1  # how many tokens the model looks at to predict the next one
 
     def __init__(self, config):
@@ -129,13 +128,13 @@ class BigramLanguageModel(nn.Module):
 
 
 def count_bigrams(data, vocab_size, add=0):
-    """The best table for this data, found without training: count how often each character follows
-    each other one, and use the logarithms of the counts as scores. Softmax turns them into
+    """The best table for this data, found without training: count how often each bigram (pair
+    of characters) occurs, and use the logarithms of the counts as scores. Softmax turns them into
     frequencies: exp(ln(count)) is the count, and it is divided by the sum of all counts in its row.
 
     No table has a lower loss on this data. For row i, the gradient of the loss is proportional to
     softmax(row i) minus these frequencies: zero when the two are equal. The loss is convex (shaped
-    like a bowl), so that this is its minimum. Better models look further back, and need training.
+    like a bowl), so this is its minimum. Better models look further back, and need training.
     add=1 adds one to every count. Without it, the probability of a pair that is not in data would
     be 0, and one such pair in the validation text would make the loss infinite."""
     # The number of the pair (a, b) is its position in the table, with the rows laid end to end.
@@ -156,7 +155,7 @@ def sample(logits):
 def generate(model, idx, max_new_tokens, choose=sample):
     """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
     each new column (B, 1) as soon as it is chosen."""
-    model.eval()  # not for training: turns off dropout, in models that have it
+    model.eval()  # turns off what is for training only, such as dropout in bpe_gpt.py
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.context_size :])
         new = choose(logits[:, -1])  # the last position's scores are for the token to come
@@ -188,14 +187,14 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint):
     for step in range(config.max_iters):
         x, y = get_batch(train_data, config, step)
         _, loss = model(x, y)
-        model.zero_grad()  # or backward() would add to the gradients of the step before
         # PyTorch has recorded how the loss was computed. backward() goes through that in reverse
         # and finds, by the chain rule, the gradient of the loss for every parameter p: p.grad.
+        model.zero_grad()  # or the gradients would be added to those of the step before
         loss.backward()
         # Large steps to get near the minimum, then smaller ones to settle in it. (200 is large, but
-        # a row's gradient is small: on average, only 1/65 of the characters look that row up.)
+        # a row's gradient is small: on average, only 1/65 of the positions use that row.)
         learning_rate = config.learning_rate * (1 - step / config.max_iters)
-        with torch.no_grad():  # the update is no part of the loss, and need not be recorded
+        with torch.no_grad():  # the update is not part of the loss, and must not be recorded
             for p in model.parameters():
                 p -= learning_rate * p.grad
         losses.append(loss.item())
@@ -210,9 +209,9 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint):
 def report(checkpoint, model, tokenizer, config):
     """Print the latest losses, and a sample of what the model writes so far."""
     step, _, train_loss, val_loss = checkpoint["history"][-1]
-    # The loss is a natural logarithm, in nats; divided by ln 2 it is in bits. Per byte of text
-    # instead of per token, it can be compared between models whose tokens differ in length.
-    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]  # of the validation text
+    # The loss is a natural logarithm, in nats; divided by ln 2 it is in bits. Bits per byte of text
+    # can be compared between models whose tokens differ in length: characters, or parts of words.
+    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]  # [1]: validation text
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
     torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
     # There must be something to continue: token 0, which in Shakespeare is the line break.
@@ -230,7 +229,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 class UserError(ValueError):
-    """A mistake of the user's. It is shown as one line; all other errors show where they arose."""
+    """A mistake of the user's, shown as one line. An error in the code shows where it arose."""
 
 
 @contextmanager
@@ -238,21 +237,21 @@ def replacing(path):
     """Opens a temporary file, which takes the place of path when it is complete. Whatever happens
     in between, path is either the old file or the new one, never a part of it."""
     path = os.path.realpath(path)  # if path is a link to a file, this is the file
-    temporary = Path(f"{path}.{os.getpid()}.tmp")  # with the process's number: no other has it
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name that no other process uses
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() raises it after any other (full disk, Ctrl-C)
+    except RuntimeError as error:  # torch.save() hides the cause (full disk, Ctrl-C) behind it
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_text(path):
-    """The text file at path; by default Tiny Shakespeare or, without a network, a shipped play."""
+    """The text file at path; by default Tiny Shakespeare or, without a network, a play."""
     default = DATA / "tinyshakespeare.txt"
     if not path and not default.exists():
         try:
@@ -263,7 +262,7 @@ def load_text(path):
             default = DATA / "the-glass-harbour.txt"
             print(f"cannot download Tiny Shakespeare ({error}): using data/{default.name}")
     try:
-        return Path(path or default).read_text(encoding="utf-8-sig")  # without a byte order mark
+        return Path(path or default).read_text(encoding="utf-8-sig")  # drops a byte order mark
     except UnicodeDecodeError:
         raise UserError(f"{path} is not in UTF-8: save it in this encoding") from None
 
@@ -285,10 +284,10 @@ def parse_flags(Config):
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):  # print any character, and each line at once
+    if hasattr(sys.stdout, "reconfigure"):  # ? for what cannot be printed; each line at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     config = BigramConfig(**parse_flags(BigramConfig))
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when training is over
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # so that an error comes at once
     text = load_text(config.data)
     tokenizer = CharTokenizer(text)
     config.vocab_size = V = len(tokenizer.chars)
@@ -302,12 +301,12 @@ def main():
                       bytes_per_token=[len(part.encode()) / len(part) for part in parts])
     train(model, train_data, val_data, tokenizer, config, checkpoint)
     checkpoint["model"] = model.state_dict()  # the parameters, by their names
-    with replacing(config.out) as file:
-        torch.save(checkpoint, file)
     for name, data, add in ("train", train_data, 0), ("val", val_data, 1):
         learned = evaluate(model, data, config)
         counted = evaluate(count_bigrams(train_data, V, add), data, config)
         print(f"{name} loss: learned {learned:.4f}, counted {counted:.4f}")
+    with replacing(config.out) as file:
+        torch.save(checkpoint, file)
     print(f"saved {config.out}; next: python sample.py {config.out}")
 
 

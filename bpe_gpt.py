@@ -1,17 +1,13 @@
 """GPT-2: the model of char_gpt.py at its real size, on parts of words instead of characters.
 
 New here: byte-pair encoding; a cache that makes generation fast; the weights that OpenAI published,
-from 124M to 1.5B parameters; fine-tuning, which trains them further; dropout; several processes.
+from 124M to 1.5B parameters; fine-tuning, which trains them further; dropout; several GPUs.
 
     python bpe_gpt.py                 # train from scratch: GPT-2 124M, or a small model on a CPU
     python bpe_gpt.py --init gpt2     # fine-tune GPT-2 on Shakespeare; downloads 548 MB once
-    python data/instruct.py --init gpt2                           # teach it to answer instructions
+    python data/instruct.py --init gpt2                           # teach it to follow instructions
     torchrun --nproc_per_node=8 bpe_gpt.py                        # on 8 GPUs
 """
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy", "tiktoken", "regex"]
-# ///
 
 import argparse
 import hashlib
@@ -44,22 +40,22 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 50257  # GPT-2's own vocabulary; any other size is learned from the text
+    vocab_size: int = 50257  # GPT-2's own vocabulary; any other, from 257 on, is learned
     n_layer: int = 12  # transformer blocks, each of attention and an MLP
     n_head: int = 12  # attention heads per block; must divide n_embd
     n_embd: int = 768  # width: how many numbers represent a token inside the model
     block_size: int = 1024  # context: how many tokens the model can look at
-    dropout: float = 0.1  # fraction of the numbers inside the model that training sets to zero
+    dropout: float = 0.1  # fraction of the numbers in the model that a step sets to zero
     init: str = ""  # fine-tune gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a checkpoint
     batch_size: int = 16  # sequences that go through the model at once: lower it to save memory
-    total_batch_size: int = 16384  # tokens per step; a shorter row counts as block_size tokens
+    total_batch_size: int = 16384  # tokens per step, in total_batch_size // block_size rows
     max_iters: int = 400  # steps of gradient descent
     eval_interval: int = 50  # steps between evaluations
     learning_rate: float = 0.001  # of AdamW, for embeddings, gains and biases
     muon_learning_rate: float = 0.02  # of Muon, for the matrices in the blocks; 0: AdamW for all
     warmup_iters: int = 50  # steps over which the learning rates rise from zero
     weight_decay: float = 0.1  # pulls matrices and embeddings towards zero, against overfitting
-    grad_clip: float = 1.0  # greatest length of the gradient, as one long vector; 0: no limit
+    grad_clip: float = 1.0  # greatest length of all gradients, taken as one vector; 0: no limit
     seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model, even where a small one is the default
     device: str = "auto"  # cuda, mps or cpu
@@ -76,16 +72,16 @@ SIZES = {  # the published models; vocab_size and block_size are those above in 
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1,557,611,200
 }
 SIZE_NAMES = ("vocab_size", "n_layer", "n_head", "n_embd", "block_size")
-CPU_SETTINGS = dict(  # without --full and a CUDA GPU: a smaller model, 5.5 minutes on a CPU
+CPU_SETTINGS = dict(  # on anything but a CUDA GPU: a smaller model, 5.5 minutes on a CPU
     vocab_size=2048, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.05, batch_size=32,
     total_batch_size=2048, max_iters=2100, eval_interval=300, learning_rate=0.002,
     muon_learning_rate=0.025, warmup_iters=10, weight_decay=0.15)
-# For a corpus: half a million tokens per step, as for GPT-3's small sizes (Brown et al. 2020); rate
-# and decay of Muon from modded-nanogpt's benchmark; no dropout: what is read once is not memorized.
+# For a folder of tokens (see data/prepare.py): half a million per step, like the small GPT-3 (Brown
+# et al. 2020); Muon's rate and decay are modded-nanogpt's; what is read only once needs no dropout.
 FOLDER_SETTINGS = dict(
     vocab_size=50257, dropout=0.0, batch_size=32, total_batch_size=2**19, eval_interval=250,
     learning_rate=0.003, muon_learning_rate=0.02, weight_decay=0.01, warmup_iters=100)
-# Few and small steps, so that the model forgets little. Muon's are large in all directions.
+# Few and small steps, so that GPT-2 keeps what it knows. (Muon's are large in all directions.)
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
     muon_learning_rate=0.0, warmup_iters=5)
@@ -94,8 +90,9 @@ FINE_TUNING_SETTINGS = dict(
 
 # Sequences of characters are long, and each character says little; there are too many words to list
 # them all. GPT-2's tokens lie in between: strings of bytes that occur often, from a byte to a long
-# word. A text is first split into endings such as 's; letters (\p{L}), digits (\p{N}) or other
-# signs, with one space before them; and the rest of the white space: (?!\S) leaves that space.
+# word. A text is first split into "words", so that no token joins a word and a comma: endings such
+# as 's; letters (\p{L}), digits (\p{N}) or other signs, with the space before them, which needs no
+# token then; and other white space, but for the last space, which goes with the next word: (?!\S).
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"  # a token that stands between texts
 
@@ -107,18 +104,18 @@ def train_bpe(text, vocab_size):
     the end-of-text token, it has 256 + 50,000 + 1 = 50,257 tokens.
 
     For example, "low lower lowest" is split into "low", " lower" and " lowest". The pairs l-o and
-    o-w occur three times each. In a tie, the pair with the lower token numbers comes first, so l-o
+    o-w occur three times each. In a tie, the smaller pair of numbers comes first, so l-o
     becomes the token "lo". The next merges are lo-w (three times), space-low and " low"-e (twice
     each). Then no pair occurs twice, and learning ends. To count all pairs again after each merge
     would take hours, so only the counts of the merged pairs and of their neighbours are changed."""
     words = Counter(regex.findall(WORDS, text))
-    # The tokens of all different words, with -1 after each word; and how often that word occurs.
+    # The tokens of all different words, -1 after each word; for each position, the word's count.
     ids = np.array([token for word in words for token in [*word.encode(), -1]], np.int32)
     times = np.array([n for word, n in words.items() for _ in [*word.encode(), -1]], np.int32)
     pair_counts = Counter()
     heap = []  # of (-count, pair), some out of date; heappop() takes out the smallest
 
-    def count_pairs(starts, sign):  # of the pairs that begin at these positions of ids
+    def count_pairs(starts, sign):  # counts (+1) or takes off (-1) the pairs that begin there
         changes = Counter()
         for a, b, n in zip(ids[starts].tolist(), ids[starts + 1].tolist(), times[starts].tolist()):
             if -1 not in (a, b):  # no pair reaches into another word
@@ -157,9 +154,9 @@ def find_pair(ids, pair):
 
 
 def encode_word(word, ranks):
-    """The tokens of a word, given as bytes; ranks has the number of each token. Of all neighbours
-    that together are a token, those with the lowest number, which was learned first, are merged,
-    again and again. If "lo", "ow", "er" were learned in this order, "lower" becomes lo w er."""
+    """The tokens of a word, given as bytes; ranks has the number of each token. Again and again, of
+    all neighbours that together are a token, those are merged whose token was learned first and has
+    the lowest number. If "lo", "ow", "er" were learned in this order, "lower" becomes lo w er."""
     parts = [bytes([b]) for b in word]
     while len(parts) > 1:
         merged = [a + b for a, b in zip(parts, parts[1:])]
@@ -173,7 +170,7 @@ def encode_word(word, ranks):
 
 class BPETokenizer:
     """A tokenizer for a list of tokens, as bytes, with the methods of CharTokenizer. It needs no
-    list of merges, since the tokens imply it. tiktoken does what encode_word() does, but faster."""
+    list of merges: the tokens imply it. tiktoken does what encode_word() shows, but faster."""
     def __init__(self, tokens):
         self.tokens = tokens
         ranks = {token: i for i, token in enumerate(tokens)}
@@ -203,7 +200,7 @@ class TextData:
     """An array of tokens, cut into windows of block_size tokens, or fewer if it is shorter. The
     inputs x and targets y that training_batch() returns depend only on seed and step."""
     prompts = ["\n"]  # what report() lets the model continue
-    max_evaluated = 1_000_000  # tokens
+    max_evaluated = 1_000_000  # tokens, or little more
     def __init__(self, tokens, config):
         if len(tokens) < 2:
             raise UserError("the text is too short: a part of it has fewer than two tokens")
@@ -228,16 +225,16 @@ class TextData:
         return make_batch([self.row(offset + self.T * n) for n in chosen])
 
     def evaluation_batches(self):
-        """All windows, end to end; the last one may be shorter."""
+        """Windows, end to end; of a long text, evenly spread. The last one may be shorter."""
         starts = range(0, len(self.tokens) - 1, self.T)
-        starts = starts[:: 1 + len(self.tokens) // self.max_evaluated]  # evenly spread
+        starts = starts[:: 1 + len(self.tokens) // self.max_evaluated]
         for i in range(0, len(starts), self.config.batch_size):
             yield make_batch([self.row(start) for start in starts[i : i + self.config.batch_size]])
 
 
 def pick_rows(n_rows, step, config):
-    """The epoch of a step, and the numbers of its rows. In an epoch, each of n_rows comes once, in
-    random order. (The last few, if they do not fill a step, are left out.)"""
+    """The epoch of a step, and the numbers of its rows. In an epoch, each of the n_rows rows comes
+    once, in random order. A step takes n, at least one for each process; a rest is left out."""
     n = max(N_PROCESSES, config.total_batch_size // config.block_size)  # rows per step
     steps_per_epoch = max(1, n_rows // n)
     epoch, i = divmod(step, steps_per_epoch)
@@ -250,8 +247,8 @@ def shuffled(n_rows, seed, epoch):
 
 
 def make_batch(rows):
-    """Rows (x, y) as one batch. Shorter ones are padded at the end: the causal mask hides these
-    inputs from all tokens before them, and PyTorch's cross_entropy() leaves out targets of -100."""
+    """Rows (x, y) as one batch. Shorter ones are padded at the end: the causal mask hides the
+    padding from all tokens before it, and PyTorch's cross_entropy() leaves out targets of -100."""
     xs, ys = zip(*rows)
     pad = nn.utils.rnn.pad_sequence
     return pad(xs, batch_first=True), pad(ys, batch_first=True, padding_value=-100)
@@ -263,7 +260,7 @@ def make_batch(rows):
 
 # Layer norm, GELU and attention are PyTorch's here; char_gpt.py writes them out.
 LayerNorm = nn.LayerNorm
-GELU = partial(nn.GELU, approximate="tanh")  # as GELU(), with this argument
+GELU = partial(nn.GELU, approximate="tanh")  # GELU() calls nn.GELU with this argument
 
 class Cache:
     """The keys and values that a block has computed so far. No token sees the ones after it, so
@@ -273,8 +270,8 @@ class Cache:
         self.length = 0  # tokens so far
 
     def append(self, k, v):
-        """Adds new tokens' keys and values, (B, n_head, T, head_size); returns all S tokens'."""
-        if self.length == 0:  # room for all that will come: to copy it for each token is slow
+        """Adds keys and values of T tokens, (B, n_head, T, head_size); returns those of all S."""
+        if self.length == 0:  # room for a whole context, or each token would mean a copy
             B, n_head, _, head_size = k.shape
             self.k = k.new_empty(B, n_head, self.context_size, head_size)
             self.v = torch.empty_like(self.k)
@@ -318,7 +315,7 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Multi-layer perceptron. It works on each token by itself: what attention has gathered is
-    processed here. A wide layer in between has room for many features; 4 is the usual factor."""
+    processed here. The vector in between is wider, with room for more; 4 is the usual factor."""
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)  # fc for fully connected
@@ -346,7 +343,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019). Hugging Face's transformers library uses the same names."""
+    """GPT-2 (Radford et al. 2019). Its parameters have the names of Hugging Face's library."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -356,9 +353,9 @@ class GPT(nn.Module):
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": LayerNorm(config.n_embd),  # f for final; the sum of all results can be large
+            "ln_f": LayerNorm(config.n_embd),  # f for final: x is a sum of many results, and large
         })
-        # From vectors to scores. (As in GPT-2, without a bias.)
+        # From vectors to scores: the language model's head. (As in GPT-2, without a bias.)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
@@ -367,8 +364,8 @@ class GPT(nn.Module):
         self.initialize(config)
 
     def initialize(self, config):
-        """Random weights: if all were equal, all numbers in a layer would get equal gradients and
-        stay equal. Small ones give almost a uniform guess. (0.02 is GPT-2's, but 0.01 for wpe.)"""
+        """Random weights (parameters): equal ones would get equal gradients, and stay equal. Small
+        ones give almost a uniform guess. (GPT-2 has a std of 0.02, too, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -417,10 +414,10 @@ def generate(model, idx, max_new_tokens, choose=sample):
     """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
     each new column (B, 1) as soon as it is chosen.
 
-    The model reads idx once, then only new tokens. A full context becomes a window that moves on
-    with each new token. All positions in it change, so it is read again, into new caches."""
+    The model reads idx once, then only new tokens. When the context is full, it moves on by a token
+    each time: every token in it gets another position, so all are read again, into new caches."""
     caches = []
-    model.eval()  # not for training: turns off dropout, in models that have it
+    model.eval()  # turns off what is for training only, such as dropout in bpe_gpt.py
     for _ in range(max_new_tokens):
         if not caches or idx.shape[1] > model.context_size:
             caches = [Cache(model.context_size) for _ in model.transformer.h]
@@ -452,7 +449,7 @@ class Optimizer:
         learning_rate = multiplier * self.learning_rate
         self.n_steps += 1
         for params, means in zip(self.stacks, self.means):
-            # The gradient is None if the model does not use the parameter.
+            # (A layer that you add to the model and do not use yet has no gradient: None.)
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             updates = self.update(torch.stack(grads), means)  # as Adam or Muon defines it
             for p, update in zip(params, learning_rate * updates):
@@ -461,15 +458,15 @@ class Optimizer:
 
 
 class Adam(Optimizer):
-    """Moves each number by m / sqrt(v), the running means of its gradient and of the square of its
-    gradient (Kingma & Ba 2015). With this kind of weight decay, it is called AdamW."""
+    """The update of each number is m / sqrt(v), with the running means of its gradient and of the
+    gradient's square (Kingma & Ba 2015). With this kind of weight decay, it is called AdamW."""
     n_means = 2
     beta1 = 0.9
     beta2 = 0.999
     eps = 1e-8
 
     def update(self, grads, means):
-        m, v = means  # each (number of parameters, *shape), as grads
+        m, v = means  # each (number of tensors, *shape), like grads
         m.lerp_(grads, 1 - self.beta1)  # m += 0.1 * (grads - m)
         v.lerp_(grads**2, 1 - self.beta2)  # v += 0.001 * (grads**2 - v)
         m_hat = m / (1 - self.beta1**self.n_steps)
@@ -483,12 +480,12 @@ def orthogonalize(x, rounds=4):
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT  # transposed (U and V change places): X X^T is smaller then
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no s is larger than 1 now
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # norm^2 = sum of all s^2: s <= 1
     for _ in range(rounds):
         # bmm() multiplies n pairs of matrices; baddbmm(x, y, z) is beta * x + alpha * y @ z.
         square = torch.bmm(x, x.mT)  # X X^T, (n, rows, rows)
-        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, factor, x, beta=3.4445)
+        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)  # b, c
+        x = torch.baddbmm(x, factor, x, beta=3.4445)  # a
     return x.mT if is_tall else x
 
 
@@ -500,8 +497,8 @@ class Muon(Optimizer):
 
     def update(self, grads, means):
         m = means[0]
-        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); its size will not matter
-        ahead = grads.lerp(m, self.momentum)  # as if this gradient came once more: it counts sooner
+        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); its length is divided out
+        ahead = grads.lerp(m, self.momentum)  # as if this gradient came once more: it counts more
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
@@ -524,14 +521,14 @@ def make_optimizers(model, config):
 # ---- Training -----------------------------------------------------------------------------------
 
 # torchrun starts several processes, one per GPU, with the same model. Each computes the gradient
-# for its share of a step's rows; the sum over all is the gradient of the step. The first one saves.
-RANK = int(os.environ.get("RANK") or 0)
+# for its share of a step's rows; the sum over all is the gradient of the step, so they stay equal.
+RANK = int(os.environ.get("RANK") or 0)  # the number of this process; number 0 prints and saves
 N_PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
 
 
 @torch.no_grad()
 def evaluate(model, data):
-    """Mean loss over all targets in data but -100; each process takes a share of the batches."""
+    """Mean loss over all targets but -100; each process takes a share of the evaluation batches."""
     model.eval()
     device = model.lm_head.weight.device
     sums = torch.zeros(2, dtype=torch.float64)  # the sum of the losses; the number of targets
@@ -541,20 +538,21 @@ def evaluate(model, data):
         sums += torch.tensor([n * loss.item(), n], dtype=torch.float64)
     if N_PROCESSES > 1:
         sums = sums.to(device)
-        dist.all_reduce(sums)
+        dist.all_reduce(sums)  # adds up those of all processes, in place
     return (sums[0] / sums[1]).item()
 
 
 def training_step(model, optimizers, x, y, step, config, autocast):
     """One step of gradient descent; returns the loss."""
-    # The learning rates rise while the optimizers' means are of few gradients, and then fall to
+    # The learning rates rise while the optimizers have seen few gradients, and then fall to
     # zero in a straight line: large steps to get near a minimum, small ones to settle in it.
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
-    # Dropout sets random numbers inside the model to zero, and scales the others up: it cannot rely
-    # on any of them and overfits less. Seed and step decide which. train() turns it on, eval() off.
+    # Dropout sets some numbers in the model to zero at random, so that it relies on none of them
+    # and overfits less. It divides the others by 1 - dropout, to keep the mean. Seed and step
+    # decide which.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
-    model.train()
+    model.train()  # turns dropout on; model.eval() turns it off
     model.zero_grad()
     loss = torch.zeros((), device=x.device)
     n_targets = (y != -100).sum()  # in the whole step
@@ -566,16 +564,16 @@ def training_step(model, optimizers, x, y, step, config, autocast):
             _, mean = model(batch_x, batch_y)
         batch_loss = mean * (batch_y != -100).sum() / n_targets  # its part of the step's mean
         batch_loss.backward()
-        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # without rows, the mean is nan
+        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # no rows: mean is nan
     if N_PROCESSES > 1:
         tensors = [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
         vector = nn.utils.parameters_to_vector(tensors)  # end to end, to be sent at once
-        dist.all_reduce(vector)  # the sum over all processes, in place
+        dist.all_reduce(vector)
         nn.utils.vector_to_parameters(vector, tensors)
     # Clipping shortens a gradient that is too long: an unusual batch must not distort the means.
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
-        raise UserError(f"infinite gradient in step {step + 1}: try lower learning rates")
+        raise UserError(f"infinite gradient, or nan, in step {step + 1}: try lower learning rates")
     for optimizer in optimizers:
         optimizer.step(multiplier)
     return loss.item()
@@ -586,7 +584,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # Compiled, the model is faster, but each shape of x costs a minute: evaluate() does without it.
+    # Compiled, the model is faster, but each new shape of x takes a minute: evaluate() uses model.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
@@ -631,9 +629,9 @@ def save(checkpoint, started, model, optimizers, path):
     if earlier and os.path.exists(path):
         if load_checkpoint(path, "bpe_gpt", mmap=True)["history"] != earlier:
             path = f"{path.removesuffix('.pt')}-{os.getpid()}.pt"
-            print(f"another run has replaced the checkpoint: from here on, this one saves {path}")
+            print(f"another run has replaced the checkpoint: from now on, this one saves to {path}")
     copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
-    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}
+    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}  # tied: one
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = weights
     checkpoint["last"] = dict(
@@ -645,13 +643,13 @@ def save(checkpoint, started, model, optimizers, path):
 
 
 def restore(last, model, optimizers):
-    """Go back to "last". Returns step, tokens read, and a start time that leaves out the break."""
+    """Go back to "last". Returns step, tokens read, and a start time without the break in it."""
     if last["step"] > 0:
         model.load_state_dict(last["model"])
         for optimizer, means in zip(optimizers, last["optimizers"], strict=True):
             optimizer.n_steps = last["step"]
             for mean, saved in zip(optimizer.means, means, strict=True):
-                mean.view_as(saved).copy_(saved)  # an error if the sizes differ
+                mean.view_as(saved).copy_(saved)  # view_as: an error if the sizes differ
     return last["step"], last["n_read"], time.perf_counter() - last["seconds"]
 
 
@@ -682,7 +680,7 @@ def bytes_per_token(data, tokenizer):
 
 
 def describe(loss, bytes_per_token):
-    """Loss, perplexity (a uniform guess among so many tokens has this loss), bits per byte."""
+    """Loss, perplexity (the loss is that of a uniform guess among so many), bits per byte."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits/byte)"
 
@@ -706,7 +704,8 @@ def report(checkpoint, model, tokenizer, val_data, config):
 
 
 def utilization(model, config, tokens_per_second):
-    """MFU, model flops utilization (Chowdhery et al. 2022): how much of the speed is in use."""
+    """MFU, model flops utilization (Chowdhery et al. 2022): the operations that the model needs per
+    second (see "What it costs" in char_gpt.py), as a fraction of those that are possible here."""
     device = model.lm_head.weight.device
     n_params = sum(p.numel() for p in model.parameters())
     per_token = 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size
@@ -724,8 +723,8 @@ def matrix_rate(device, dtype):
 
 # ---- Published weights --------------------------------------------------------------------------
 
-# This part reads files, and can be skipped. The names in them are ours, or lack "transformer.".
-# Three kinds are transposed: OpenAI's layers compute x @ weight, nn.Linear computes x @ weight.T.
+# This part reads files, and can be skipped. Their names are ours, or lack "transformer.". These are
+# transposed, since OpenAI's layers compute x @ weight: square ones would fit, but be wrong.
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 PUBLISHED = {  # revision; where it is known, the first half of model.safetensors's SHA-256
@@ -751,7 +750,7 @@ def find_weights(name):
 
 
 def load_pretrained(name):
-    """The checkpoint of a trained model; of a published one: configuration, vocabulary, weights."""
+    """The checkpoint of a trained model. (A published one has no history and cannot be resumed.)"""
     if name in SIZES:
         return dict(config=vars(GPTConfig(**SIZES[name])), text_before=END_OF_TEXT,
                     model=read_safetensors(find_weights(name)), vocab=gpt2_tokenizer().tokens)
@@ -761,7 +760,7 @@ def load_pretrained(name):
 
 
 def build_model(checkpoint, config):
-    """The model in a checkpoint. If block_size is smaller, it has the first positions only."""
+    """The model in a checkpoint. A smaller block_size takes the first positions only."""
     for name in ("n_layer", "n_head", "n_embd", "block_size"):
         size = checkpoint["config"][name]
         if getattr(config, name) != size and (name != "block_size" or config.block_size > size):
@@ -771,7 +770,7 @@ def build_model(checkpoint, config):
     wpe = state.get("transformer.wpe.weight")
     if wpe is not None:
         state["transformer.wpe.weight"] = wpe[: config.block_size].clone()
-    with torch.device("meta"):  # makes no parameters: the tensors of state take their places
+    with torch.device("meta"):  # without memory: the tensors of state replace all parameters
         model = GPT(config)
     is_tied = model.lm_head.weight is model.transformer.wte.weight
     model.load_state_dict(state, assign=True)
@@ -812,7 +811,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 class UserError(ValueError):
-    """A mistake of the user's. It is shown as one line; all other errors show where they arose."""
+    """A mistake of the user's, shown as one line. An error in the code shows where it arose."""
 
 
 @contextmanager
@@ -820,21 +819,21 @@ def replacing(path):
     """Opens a temporary file, which takes the place of path when it is complete. Whatever happens
     in between, path is either the old file or the new one, never a part of it."""
     path = os.path.realpath(path)  # if path is a link to a file, this is the file
-    temporary = Path(f"{path}.{os.getpid()}.tmp")  # with the process's number: no other has it
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name that no other process uses
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() raises it after any other (full disk, Ctrl-C)
+    except RuntimeError as error:  # torch.save() hides the cause (full disk, Ctrl-C) behind it
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_text(path):
-    """The text file at path; by default Tiny Shakespeare or, without a network, a shipped play."""
+    """The text file at path; by default Tiny Shakespeare or, without a network, a play."""
     default = DATA / "tinyshakespeare.txt"
     if not path and not default.exists():
         try:
@@ -845,14 +844,14 @@ def load_text(path):
             default = DATA / "the-glass-harbour.txt"
             print(f"cannot download Tiny Shakespeare ({error}): using data/{default.name}")
     try:
-        return Path(path or default).read_text(encoding="utf-8-sig")  # without a byte order mark
+        return Path(path or default).read_text(encoding="utf-8-sig")  # drops a byte order mark
     except UnicodeDecodeError:
         raise UserError(f"{path} is not in UTF-8: save it in this encoding") from None
 
 
 def load_checkpoint(path, *scripts, mmap=False):
-    """The checkpoint at path, saved by one of scripts. (weights_only: it cannot contain code. mmap:
-    tensors are read from the file when they are used.)"""
+    """The checkpoint at path, saved by one of these scripts. (weights_only: no code in it is run.
+    mmap: tensors are read from the file when they are used.)"""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
@@ -902,7 +901,7 @@ def join_processes(device):
             raise UserError("several processes: only with CUDA GPUs or --device cpu")
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", RANK)))
-        # torchrun keeps its store through restarts: the prefix sets this start's entries apart.
+        # torchrun keeps the store, in which processes meet. After a restart, the prefix is new.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -970,7 +969,7 @@ def read_folder(path, tokenizer):
     if tokenizer is None or tokenizer.tokens != gpt2_tokenizer().tokens:
         raise UserError(f"{path} has GPT-2's tokens, not those of another vocabulary")
     parts = [np.memmap(f"{path}/{name}.bin", "<u2", "r") for name in ("train", "val")]
-    # Other programs write a vocabulary of their own, a header, or 32 bits: a token, 0, a token, 0.
+    # Other programs write other tokens, a header, or 32-bit tokens: every second number is 0.
     foreign = os.path.exists(f"{path}/meta.pkl")
     for tokens in parts:
         foreign |= tokens[:1024].max() >= GPTConfig.vocab_size or not tokens[1:1024:2].any()
@@ -990,7 +989,7 @@ def new_checkpoint(config, tokenizer, train_data, val_data, trained):
     before = END_OF_TEXT if os.path.isdir(config.data) else "\n"
     return dict(
         written_by="bpe_gpt", config=vars(config), vocab=tokenizer.tokens,
-        text_before=trained["text_before"] if trained else before,  # before each text
+        text_before=trained["text_before"] if trained else before,  # see sample.py
         bytes_per_token=[bytes_per_token(data, tokenizer) for data in (train_data, val_data)],
         templates=getattr(train_data, "templates", []),  # of prompts: see data/instruct.py
         must_match=must_match(config, train_data, val_data),
@@ -1001,11 +1000,11 @@ def new_checkpoint(config, tokenizer, train_data, val_data, trained):
 
 
 def main(load_data=load_tokens, more_settings={}):
-    if hasattr(sys.stdout, "reconfigure"):  # print any character, and each line at once
+    if hasattr(sys.stdout, "reconfigure"):  # ? for what cannot be printed; each line at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
     config = GPTConfig(**flags)
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not at the first evaluation
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # so that an error comes at once
     Path(f"{config.out}.tmp").touch()  # an error now, if it cannot be written
     Path(f"{config.out}.tmp").unlink(missing_ok=True)
     device = pick_device(config.device)
@@ -1021,7 +1020,7 @@ def main(load_data=load_tokens, more_settings={}):
         tokenizer = from_first_process(gpt2_tokenizer)
     train_data, val_data, tokenizer = load_data(config, tokenizer)
     config.vocab_size = V = len(tokenizer.tokens)
-    torch.manual_seed(config.seed)  # of the initial weights
+    torch.manual_seed(config.seed)  # for the initial weights
     model = (GPT(config) if resumed or not trained else build_model(trained, config)).to(device)
     for p in model.parameters() if N_PROCESSES > 1 else []:
         dist.broadcast(p.data, 0)  # all begin with the weights of the first process
@@ -1057,4 +1056,4 @@ if __name__ == "__main__":
             raise
         sys.exit("error: out of memory; lower --batch_size, then --block_size")
     except KeyboardInterrupt:
-        sys.exit("stopped; if this run has been evaluated, --resume continues from there")
+        sys.exit("stopped; if this run has saved a checkpoint, --resume continues from it")

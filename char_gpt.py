@@ -1,4 +1,4 @@
-"""Character-level GPT: the transformer of GPT-2, small enough to train on Shakespeare at home.
+"""A GPT (generative pretrained transformer) on characters, small enough to train at home.
 
 bigram.py predicts the next character from the current one alone. Here each prediction can use up to
 256 characters (the small model: 128), and the model learns which of them matter. The data, the
@@ -9,12 +9,8 @@ generation and the evaluation are the same as there; the model and its training 
     python char_gpt.py --resume       # continue a run that was stopped
 
 The validation loss on Tiny Shakespeare, 1.1 million characters, falls from 4.2 to 1.48 (small) or
-1.42 (full). bpe_gpt.py comes next: the same model as large as GPT-2, on parts of words.
+1.42 (full). Next comes bpe_gpt.py: the same model in GPT-2's size, with parts of words as tokens.
 """
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy"]
-# ///
 
 import argparse
 import hashlib
@@ -44,7 +40,7 @@ class GPTConfig:
     n_head: int = 6  # attention heads per block; must divide n_embd
     n_embd: int = 384  # width: how many numbers represent a token inside the model
     block_size: int = 256  # context: how many characters the model can look at
-    by_hand: bool = False  # compute with the formulas below, not with PyTorch's faster built-ins
+    by_hand: bool = False  # compute layers with the formulas below, not PyTorch's built-ins
     batch_size: int = 16  # sequences per step
     max_iters: int = 1400  # steps of gradient descent
     eval_interval: int = 200  # steps between evaluations
@@ -52,7 +48,7 @@ class GPTConfig:
     muon_learning_rate: float = 0.025  # of Muon, for the matrices in the blocks
     warmup_iters: int = 10  # steps over which the learning rates rise from zero
     weight_decay: float = 0.3  # pulls the matrices towards zero, against overfitting
-    grad_clip: float = 1.0  # greatest length of the gradient, as one long vector; 0: no limit
+    grad_clip: float = 1.0  # greatest length of all gradients, taken as one vector; 0: no limit
     seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model, even where a small one is the default
     device: str = "auto"  # cuda, mps or cpu
@@ -62,7 +58,7 @@ class GPTConfig:
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/char_gpt.pt"  # checkpoint, for sample.py and --resume
 
-# What a CPU trains, in 3.5 minutes: a smaller model, which overfits less and needs less decay.
+# For a CPU, 3.5 minutes: a smaller model, which overfits less and so needs less weight decay.
 CPU_SETTINGS = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, weight_decay=0.1,
                     max_iters=2100, eval_interval=300)  # reads the training text 4.3 times
 
@@ -75,7 +71,7 @@ class CharTokenizer:
         self.chars = sorted(set(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
         self.tokens = [char.encode() for char in self.chars]  # as bytes, for sample.py
-        self.end_of_text = -1  # for sample.py: no token has this number, so none ends a text
+        self.end_of_text = -1  # for sample.py: no token ends a text, and none is -1
 
     def encode(self, text):
         unknown = set(text) - set(self.chars)
@@ -89,7 +85,8 @@ class CharTokenizer:
 
 def split_data(data, config):
     """Train on the first 90%, validate on the rest. A model can lower its training loss simply by
-    memorizing the text (overfitting). Only text it has never seen shows what it has learned."""
+    memorizing the text (overfitting). Only text it has never seen shows what it has learned: a
+    whole piece, since it would have seen everything around single characters."""
     n = int(0.9 * len(data))
     if len(data) - n <= config.block_size:
         raise UserError(f"{len(data)} characters are too few for --block_size {config.block_size}")
@@ -110,7 +107,7 @@ def get_batch(data, config, step):
     steps_per_epoch = max(1, n_windows // B)  # windows that do not fill a batch are left out
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))  # separate from PyTorch's random numbers
-    offset = rng.integers(len(data) - n_windows * T)  # so that the last window still fits
+    offset = rng.integers(len(data) - n_windows * T)  # at random, as long as the last window fits
     order = rng.permutation(n_windows)
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
     rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
@@ -124,8 +121,8 @@ def get_batch(data, config, step):
 class LayerNorm(nn.Module):
     """Shifts and scales the vector of each token to mean 0 and variance 1, however large it was.
     Then each of the C numbers is multiplied by a learned gain (weight) and a learned bias is added.
-    So the next layer always gets numbers of about the same size, and that size is learned.
-    Ba, Kiros & Hinton 2016."""
+    So the next layer gets numbers of a steady size, which the gains set. (A mean over the batch
+    would let each token see others, even later ones.) Ba, Kiros & Hinton 2016."""
     by_hand = False  # GPT sets it to config.by_hand
     def __init__(self, n_embd):
         super().__init__()
@@ -142,9 +139,10 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """The activation function: a smooth version of max(0, x). It stands between two multiplications
-    by a matrix, which would amount to a single one without it. It is x * P(Z <= x), where Z is a
-    standard normal variable; the formula with tanh is very close. Hendrycks & Gimpel 2016."""
+    """The activation function. It stands between two products with matrices, which would amount to
+    a single one without it. The simplest one, max(0, x), has a gradient of 0 for all negative x.
+    This is a smooth version, x * P(Z <= x), where Z is a standard normal variable; the formula with
+    tanh is very close to that. Hendrycks & Gimpel 2016."""
     by_hand = False
     def forward(self, x):
         if not self.by_hand:
@@ -155,8 +153,8 @@ class GELU(nn.Module):
 def attention(q, k, v):
     """Lets every token gather information from itself and from the tokens before it.
 
-    Learned matrices compute three vectors of head_size numbers from each token: a query (what it is
-    looking for), a key (what it offers) and a value (what it passes on to those that choose it).
+    Learned matrices compute three vectors from each token, of head_size numbers each: a query (what
+    it looks for), a key (what it offers) and a value (what it passes on to those that choose it).
     The dot product of a token's query and any token's key, divided by sqrt(head_size), is a score.
     Scores for later tokens are masked out. Softmax turns the others into attention weights, which
     sum to 1, and the result is the weighted mean of the values. For example, with T = 3 tokens (a
@@ -170,8 +168,8 @@ def attention(q, k, v):
     q, k, v and the result are (B, n_head, T, head_size): there are n_head such tables for each
     sequence, as CausalSelfAttention explains. Vaswani et al. 2017, section 3.2.1."""
     T, head_size = q.shape[-2:]
-    # A sum of head_size independent terms around 0 grows with sqrt(head_size). Undivided, large
-    # scores would push the softmax towards 0 and 1, where its gradient vanishes.
+    # A sum of head_size independent terms around 0 is typically of the size sqrt(head_size). If not
+    # divided, such scores would push the softmax towards 0 and 1, where its gradient vanishes.
     scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T)
     # The causal mask: no token may see the ones after it, or it would see what it has to predict.
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # column <= row
@@ -212,7 +210,7 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Multi-layer perceptron. It works on each token by itself: what attention has gathered is
-    processed here. A wide layer in between has room for many features; 4 is the usual factor."""
+    processed here. The vector in between is wider, with room for more; 4 is the usual factor."""
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)  # fc for fully connected
@@ -244,7 +242,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019). Hugging Face's transformers library uses the same names."""
+    """GPT-2 (Radford et al. 2019). Its parameters have the names of Hugging Face's library."""
     def __init__(self, config):
         super().__init__()
         self.context_size = config.block_size
@@ -252,9 +250,9 @@ class GPT(nn.Module):
             "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": LayerNorm(config.n_embd),  # f for final; the sum of all results can be large
+            "ln_f": LayerNorm(config.n_embd),  # f for final: x is a sum of many results, and large
         })
-        # From vectors to scores. (As in GPT-2, without a bias.)
+        # From vectors to scores: the language model's head. (As in GPT-2, without a bias.)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
@@ -265,8 +263,8 @@ class GPT(nn.Module):
             module.by_hand = config.by_hand
 
     def initialize(self, config):
-        """Random weights: if all were equal, all numbers in a layer would get equal gradients and
-        stay equal. Small ones give almost a uniform guess. (0.02 is GPT-2's, but 0.01 for wpe.)"""
+        """Random weights (parameters): equal ones would get equal gradients, and stay equal. Small
+        ones give almost a uniform guess. (GPT-2 has a std of 0.02, too, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -282,8 +280,8 @@ class GPT(nn.Module):
         B, T = idx.shape
         if T > self.context_size:
             raise UserError(f"{T} tokens do not fit into a context of {self.context_size}")
-        # Attention weights depend only on the vectors. So a token's vector must say where the token
-        # stands: it is the sum of an embedding of the token and one of the position.
+        # Except for the mask, attention ignores the order of the vectors. So a token's vector must
+        # say where the token stands: it is the sum of an embedding for each, token and position.
         positions = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for block in self.transformer.h:
@@ -294,10 +292,10 @@ class GPT(nn.Module):
         # The loss of bigram.py. PyTorch's function takes (N, vocab_size) and (N,), with N = B * T.
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-# What it costs. A block has 12 C^2 parameters: 4 C^2 for attention, 8 C^2 for the MLP. To predict a
-# token takes 2 operations per parameter of a matrix, and 4 T C per block for attention; backward()
-# takes twice as many: for y = W x, the gradients of W and of x. Memory: 4 bytes for each number, in
-# parameters, gradients, optimizers' means, and results that backward() uses (in bfloat16: 2 bytes).
+# What it costs. A block has about 12 C^2 parameters, 4 C^2 in attention and 8 C^2 in the MLP. Each
+# token takes two operations for each, a multiplication and an addition, and 4 T C for attention.
+# backward() takes twice as many: for y = W x, it finds the gradients of W and of x. In memory, the
+# parameters, gradients, optimizers' means and results for backward() take 4 bytes a number.
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -310,7 +308,7 @@ def sample(logits):
 def generate(model, idx, max_new_tokens, choose=sample):
     """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
     each new column (B, 1) as soon as it is chosen."""
-    model.eval()  # not for training: turns off dropout, in models that have it
+    model.eval()  # turns off what is for training only, such as dropout in bpe_gpt.py
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.context_size :])
         new = choose(logits[:, -1])  # the last position's scores are for the token to come
@@ -322,10 +320,10 @@ def generate(model, idx, max_new_tokens, choose=sample):
 class Optimizer:
     """What Adam and Muon have in common. Plain gradient descent has one learning rate for all, but
     some parameters have gradients a thousand times as large as others. Here, update() computes each
-    one's step from running means of its gradients, since the gradient of one batch is noisy. With
-    weight decay, each step also shrinks the parameters a little, so that only what the gradients
-    keep asking for becomes large. Small parameters of equal shape are stacked: on a GPU, many small
-    operations take longer than one that works on all of them."""
+    step from running means of the gradients, in which the latest count most: the gradient of one
+    batch is noisy. With weight decay, each step also shrinks the parameters a little, so that only
+    what the gradients keep asking for becomes large. Small tensors of equal shape are stacked: on a
+    GPU, many small operations take longer than a large one."""
     def __init__(self, params, learning_rate, weight_decay=0.0):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -342,7 +340,7 @@ class Optimizer:
         learning_rate = multiplier * self.learning_rate
         self.n_steps += 1
         for params, means in zip(self.stacks, self.means):
-            # The gradient is None if the model does not use the parameter.
+            # (A layer that you add to the model and do not use yet has no gradient: None.)
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             updates = self.update(torch.stack(grads), means)  # as Adam or Muon defines it
             for p, update in zip(params, learning_rate * updates):
@@ -362,7 +360,7 @@ class Adam(Optimizer):
     eps = 1e-8
 
     def update(self, grads, means):
-        m, v = means  # each (number of parameters, *shape), as grads
+        m, v = means  # each (number of tensors, *shape), like grads
         m.lerp_(grads, 1 - self.beta1)  # m += 0.1 * (grads - m)
         v.lerp_(grads**2, 1 - self.beta2)  # v += 0.001 * (grads**2 - v)
         # Both means began at 0. After n steps, the gradients in m have a total weight of only
@@ -373,26 +371,26 @@ class Adam(Optimizer):
 
 
 def orthogonalize(x, rounds=4):
-    """Newton-Schulz iteration, for Muon; x (n, rows, columns) has n matrices.
+    """Newton-Schulz iteration, for Muon; x (n, rows, columns) holds n matrices.
 
     Every matrix X is a product U S V^T, its singular value decomposition: V^T takes the input apart
     into perpendicular directions, S multiplies each by a number s, its strength (singular value),
-    and U turns them into directions of the output. If all s are 1, the matrix is orthogonal. The
+    and U turns them into directions of the output. If all s are 1, X is orthogonal. The
     strengths can be changed without knowing U and V: U^T U and V^T V are the identity, so that
     X X^T X is U S^3 V^T, and the strengths of a X + b (X X^T) X + c (X X^T)^2 X are
     a s + b s^3 + c s^5. With the a, b, c below (Jordan et al. 2024), a small s becomes 3.4 times as
-    large, and one from 0.2 to 1.2 stays between 0.65 and 1.21. In four rounds, 0.1 becomes 0.340,
-    0.992, 0.707, 1.107, and 0.001 becomes 0.003, 0.012, 0.041, 0.140. So not all get close to 1: in
-    the small model, 42% of the strengths end above 0.5 in step 1, and 81% in step 81."""
+    large, and one from 0.2 to 1.2 gets to between 0.65 and 1.21. In four rounds, 0.1 becomes 0.340,
+    0.992, 0.707, 1.107, and 0.001 becomes 0.003, 0.012, 0.041, 0.140. Not all come near 1: in the
+    small model, 42% of them end above 0.5 in step 1, and 81% in step 81."""
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT  # transposed (U and V change places): X X^T is smaller then
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no s is larger than 1 now
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # norm^2 = sum of all s^2: s <= 1
     for _ in range(rounds):
         # bmm() multiplies n pairs of matrices; baddbmm(x, y, z) is beta * x + alpha * y @ z.
         square = torch.bmm(x, x.mT)  # X X^T, (n, rows, rows)
-        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, factor, x, beta=3.4445)
+        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)  # b, c
+        x = torch.baddbmm(x, factor, x, beta=3.4445)  # a
     return x.mT if is_tall else x
 
 
@@ -405,19 +403,19 @@ class Muon(Optimizer):
 
     def update(self, grads, means):
         m = means[0]
-        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); its size will not matter
-        ahead = grads.lerp(m, self.momentum)  # as if this gradient came once more: it counts sooner
+        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); its length is divided out
+        ahead = grads.lerp(m, self.momentum)  # as if this gradient came once more: it counts more
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
         # If all strengths are 1, the output vector is as long as the input vector. With 4 times as
-        # many numbers in it, each is only half as large. The factor makes up for this.
+        # many numbers (rows) in it, each is only half as large. The factor makes up for this.
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
 
 
 def make_optimizers(model, config):
-    """Muon is for the matrices in the blocks. Gains and biases are not matrices, and each row of an
-    embedding belongs to one token or position, whose gradient should not be mixed with those of
-    others: these are left to Adam, without weight decay."""
+    """Muon is for the matrices in the blocks. Adam has the rest, without weight decay: gains and
+    biases are not matrices, and the rows of an embedding belong to different tokens or positions,
+    whose gradients should not be mixed."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices, config.muon_learning_rate, config.weight_decay)
@@ -442,7 +440,7 @@ def evaluate(model, data, config):
 
 def training_step(model, optimizers, x, y, step, config, autocast):
     """One step of gradient descent; returns the loss."""
-    # The learning rates rise while the optimizers' means are of few gradients, and then fall to
+    # The learning rates rise while the optimizers have seen few gradients, and then fall to
     # zero in a straight line: large steps to get near a minimum, small ones to settle in it.
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
@@ -455,7 +453,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     # Clipping shortens a gradient that is too long: an unusual batch must not distort the means.
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
-        raise UserError(f"infinite gradient in step {step + 1}: try lower learning rates")
+        raise UserError(f"infinite gradient, or nan, in step {step + 1}: try lower learning rates")
     for optimizer in optimizers:
         optimizer.step(multiplier)
     return loss.item()
@@ -466,7 +464,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # Compiled, the model is faster, but each shape of x costs a minute: evaluate() does without it.
+    # Compiled, the model is faster, but each new shape of x takes a minute: evaluate() uses model.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
@@ -502,7 +500,7 @@ def save(checkpoint, started, model, optimizers, path):
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
     copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
-    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}
+    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}  # tied: one
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = weights
     checkpoint["last"] = dict(
@@ -513,22 +511,22 @@ def save(checkpoint, started, model, optimizers, path):
 
 
 def restore(last, model, optimizers):
-    """Go back to "last". Returns step, tokens read, and a start time that leaves out the break."""
+    """Go back to "last". Returns step, tokens read, and a start time without the break in it."""
     if last["step"] > 0:
         model.load_state_dict(last["model"])
         for optimizer, means in zip(optimizers, last["optimizers"], strict=True):
             optimizer.n_steps = last["step"]
             for mean, saved in zip(optimizer.means, means, strict=True):
-                mean.view_as(saved).copy_(saved)  # an error if the sizes differ
+                mean.view_as(saved).copy_(saved)  # view_as: an error if the sizes differ
     return last["step"], last["n_read"], time.perf_counter() - last["seconds"]
 
 
 def report(checkpoint, model, tokenizer, config):
     """Print the latest losses, and a sample of what the model writes so far."""
     step, _, train_loss, val_loss = checkpoint["history"][-1]
-    # The loss is a natural logarithm, in nats; divided by ln 2 it is in bits. Per byte of text
-    # instead of per token, it can be compared between models whose tokens differ in length.
-    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]  # of the validation text
+    # The loss is a natural logarithm, in nats; divided by ln 2 it is in bits. Bits per byte of text
+    # can be compared between models whose tokens differ in length: characters, or parts of words.
+    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]  # [1]: validation text
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
     torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
     # There must be something to continue: token 0, which in Shakespeare is the line break.
@@ -546,7 +544,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 class UserError(ValueError):
-    """A mistake of the user's. It is shown as one line; all other errors show where they arose."""
+    """A mistake of the user's, shown as one line. An error in the code shows where it arose."""
 
 
 @contextmanager
@@ -554,21 +552,21 @@ def replacing(path):
     """Opens a temporary file, which takes the place of path when it is complete. Whatever happens
     in between, path is either the old file or the new one, never a part of it."""
     path = os.path.realpath(path)  # if path is a link to a file, this is the file
-    temporary = Path(f"{path}.{os.getpid()}.tmp")  # with the process's number: no other has it
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name that no other process uses
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
         temporary.replace(path)
-    except RuntimeError as error:  # torch.save() raises it after any other (full disk, Ctrl-C)
+    except RuntimeError as error:  # torch.save() hides the cause (full disk, Ctrl-C) behind it
         raise error.__context__ or error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_text(path):
-    """The text file at path; by default Tiny Shakespeare or, without a network, a shipped play."""
+    """The text file at path; by default Tiny Shakespeare or, without a network, a play."""
     default = DATA / "tinyshakespeare.txt"
     if not path and not default.exists():
         try:
@@ -579,14 +577,14 @@ def load_text(path):
             default = DATA / "the-glass-harbour.txt"
             print(f"cannot download Tiny Shakespeare ({error}): using data/{default.name}")
     try:
-        return Path(path or default).read_text(encoding="utf-8-sig")  # without a byte order mark
+        return Path(path or default).read_text(encoding="utf-8-sig")  # drops a byte order mark
     except UnicodeDecodeError:
         raise UserError(f"{path} is not in UTF-8: save it in this encoding") from None
 
 
 def load_checkpoint(path, *scripts, mmap=False):
-    """The checkpoint at path, saved by one of scripts. (weights_only: it cannot contain code. mmap:
-    tensors are read from the file when they are used.)"""
+    """The checkpoint at path, saved by one of these scripts. (weights_only: no code in it is run.
+    mmap: tensors are read from the file when they are used.)"""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
@@ -631,25 +629,25 @@ def pick_dtype(name, device):
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):  # print any character, and each line at once
+    if hasattr(sys.stdout, "reconfigure"):  # ? for what cannot be printed; each line at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
-    config = GPTConfig(**flags)
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not at the first evaluation
+    config = GPTConfig(**flags)  # for now: a CPU and a checkpoint have other defaults, see below
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # so that an error comes at once
     device = pick_device(config.device)
     checkpoint = None
     settings = CPU_SETTINGS if device.type == "cpu" and not config.full else {}
     if config.resume and Path(config.out).exists():
         checkpoint = load_checkpoint(config.out, "char_gpt")
         settings = checkpoint["config"] | {"device": config.device, "out": config.out}
-    config = GPTConfig(**settings | flags)  # of two dicts, the second wins: flags count most
+    config = GPTConfig(**settings | flags)  # of two dicts, the second wins: flags do
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     text = load_text(config.data)
     tokenizer = CharTokenizer(text)
     config.vocab_size = V = len(tokenizer.chars)
     train_data, val_data = split_data(torch.tensor(tokenizer.encode(text), device=device), config)
-    torch.manual_seed(config.seed)  # of the initial weights
+    torch.manual_seed(config.seed)  # for the initial weights
     model = GPT(config).to(device)
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     print(f"{len(text):,} characters, {V} of them distinct; {size}, on {device} in {dtype}")
@@ -687,4 +685,4 @@ if __name__ == "__main__":
             raise
         sys.exit("error: out of memory; lower --batch_size, then --block_size")
     except KeyboardInterrupt:
-        sys.exit("stopped; if this run has been evaluated, --resume continues from there")
+        sys.exit("stopped; if this run has saved a checkpoint, --resume continues from it")

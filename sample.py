@@ -5,14 +5,10 @@
     python sample.py --prompt "ROMEO:" --temperature 0.8 --top_k 20
     python sample.py --interactive      # one prompt after another; Ctrl-D ends
     python sample.py --probs "To be, or not"      # the probability of each token
-    python sample.py --explore "To be, or not"    # a page for the browser that runs the model
+    python sample.py --explore "To be, or not"    # a page for the browser: what the model does
     python sample.py --shapes "To be, or not"     # what goes into each module and what comes out
     python sample.py --curve out/bigram.pt out/char_gpt.pt --plot curves.png
 """
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy", "tiktoken", "regex"]
-# ///
 
 import argparse
 import base64
@@ -40,8 +36,8 @@ from char_gpt import (
 @dataclass
 class SampleConfig:
     prompt: str = ""  # text to continue (in bash, $'ROMEO:\n' has a line break)
-    instruct: str = ""  # instruction to answer, for a model that data/instruct.py has trained
-    input: str = ""  # what the instruction is about
+    instruct: str = ""  # instruction to follow, for a model that data/instruct.py has trained
+    input: str = ""  # text that the instruction refers to
     interactive: bool = False  # ask for prompts, or instructions
     max_new_tokens: int = 500  # length of a text
     num_samples: int = 1  # number of texts
@@ -49,7 +45,7 @@ class SampleConfig:
     top_k: int = 0  # if given, sample from the k likeliest tokens only
     top_p: float = 1.0  # sample from the likeliest tokens that together reach this probability
     min_p: float = 0.0  # sample from tokens at least this fraction as likely as the likeliest
-    beam: int = 0  # instead of sampling, search for the likeliest text, among this many at a time
+    beam: int = 0  # instead of sampling, search for the likeliest text, keeping this many at a time
     stop: str = ""  # end a text before these characters (in bash, $'\n' is a line break)
     ignore_end: bool = False  # continue even after the model's end-of-text token
     device: str = "auto"  # cuda, mps or cpu
@@ -57,16 +53,16 @@ class SampleConfig:
     seed: int = 1337  # for the random numbers: the same seed gives the same text
     probs: str = ""  # show the probability of every token in this text
     explore: str = ""  # make a page for the browser that shows what the model does with this text
-    shapes: str = ""  # show what goes into each module and what comes out, as shapes, for this text
+    shapes: str = ""  # show the shapes of each module's input and output for this text
     curve: bool = False  # show the losses of the checkpoints that are named, in bits per byte
-    plot: str = ""  # a file to draw --curve into, such as x.png, or for the page of --explore
+    plot: str = ""  # file for the picture of --curve, such as x.png, or for the page of --explore
 
 # ---- Sampling -----------------------------------------------------------------------------------
 
 # A text that takes the likeliest token each time soon repeats itself. Drawing from the predicted
 # distribution is true to the model, but among 50,257 tokens very many are unlikely. Together they
-# have some probability, and a single bad token can spoil the rest of the text. The settings below
-# make this tail of the distribution thinner, or cut it off.
+# are not, and a single bad token can spoil the rest of the text. The settings below make this tail
+# of the distribution thinner, or cut it off.
 
 def choose(logits, config):
     """Draw a token according to the settings: (B, vocab_size) to (B, 1). No setting cuts off the
@@ -74,8 +70,8 @@ def choose(logits, config):
     if config.temperature < 1e-9:  # the limit: all probability is on the likeliest token
         return logits.argmax(dim=-1, keepdim=True)
     logits, tokens = logits.float().sort(dim=-1, descending=True)  # the likeliest first
-    # The highest score becomes 0, or a low temperature could make it too large for exp(). Softmax
-    # does not change when the same number is subtracted from all scores.
+    # The highest score becomes 0, or a low temperature could make it infinite. Softmax does not
+    # change when the same number is subtracted from all scores.
     logits = (logits - logits[:, :1]) / config.temperature
     if config.top_k:  # a cut by rank (Fan et al. 2018)
         logits[:, config.top_k :] = -math.inf
@@ -95,16 +91,16 @@ def choose(logits, config):
 @torch.no_grad()
 def beam_search(model, idx, max_new_tokens, width, end):
     """Search for the likeliest text that begins with idx (1, T): extend each of the `width` best
-    texts by every token, keep the `width` best of the results, repeat. A text is finished with the
-    token `end`, or after max_new_tokens; the search ends with `width` finished texts. Returns their
-    new tokens, the best text first.
+    texts by every token, keep the `width` best of the results, repeat. A text is finished by the
+    token `end`, or after max_new_tokens; the search ends when at least `width` are. Returns their
+    new tokens, the best text first. (The likeliest text is often dull and repeats itself.)
 
     The score of a text is its log-probability, the sum of those of its tokens. Every token lowers
     it, so that short texts would win: finished texts are ranked by the mean over their tokens."""
     texts = idx
     scores = torch.zeros(1, 1, device=idx.device)  # of the texts, (number of texts, 1)
     finished = []
-    caches = []  # can be used until the context is full, as in bpe_gpt.generate()
+    caches = []  # as in bpe_gpt.generate(), if the whole text fits into the context
     if isinstance(model, bpe_gpt.GPT) and idx.shape[1] + max_new_tokens <= model.context_size:
         caches = [bpe_gpt.Cache(model.context_size) for _ in model.transformer.h]
     for n in range(1, max_new_tokens + 1):
@@ -169,7 +165,7 @@ def stream(tokens, tokenizer, end, stop):
 
 
 def print_texts(model, tokenizer, idx, prompt, config):
-    """Print the prompt and the continuations of idx (1, T): the first as it grows, then others."""
+    """Print the prompt and the continuations of idx (1, T), the first one as it grows."""
     end = -1 if config.ignore_end else tokenizer.end_of_text  # no token has the number -1
     for i, tokens in enumerate(continuations(model, idx, end, config)):
         if i > 0:
@@ -269,12 +265,13 @@ def explore(model, tokenizer, ids, name, history, config):
         "scores": scores[:, ranks - 1].double().round(decimals=4).tolist(),
         "log_probs": followed.flatten().tolist(),
         "ranks": ((log_probs[:-1] > followed).sum(dim=-1) + 1).tolist(),
-        "context_size": model.context_size if has_attention else 10**6}
+        "context_size": model.context_size if has_attention else 10**6}  # a bigram table: any text
     for setting in ("temperature", "top_k", "top_p", "min_p"):
         page[setting] = min(getattr(config, setting), 1e6)  # JSON has no infinity
     if has_attention:
         page["attention"] = (attention_weights(model, ids) * 1000).round().int().tolist()
-        # The "logit lens" (nostalgebraist 2020): the output layer reads x after each block.
+        # The "logit lens" (nostalgebraist 2020): what would be predicted if x were final after each
+        # block? All blocks add to the same x, so that the output layer can read it at any point.
         calls = record(model, ids, model.transformer.h)
         x = torch.cat([calls[0][1], *(output for _, _, output in calls)])  # before and after blocks
         probs, tokens = model.lm_head(model.transformer.ln_f(x)).softmax(dim=-1).max(dim=-1)
@@ -304,8 +301,8 @@ def page_model(model, tokenizer, rounded):
 
 
 def show_shapes(model, ids):
-    """A line for each module that has no modules inside, in the order in which they run, but for
-    dropout. Attention is a function and has no line: it comes between c_attn and c_proj."""
+    """A line for each module that has no modules inside, except dropout, in the order in which they
+    run. Attention is a function and has no line: it comes between c_attn and c_proj."""
     names = {module: name for name, module in model.named_modules()}
     leaves = [m for m in names if not list(m.children()) and not isinstance(m, torch.nn.Dropout)]
     counted = set()  # the parameters so far, since lm_head has the same as wte
@@ -369,7 +366,7 @@ def load_model(name):
         checkpoint = load_checkpoint(name, *CHARACTER_MODELS, "bpe_gpt", mmap=mmap)
     written_by = checkpoint.get("written_by", "bpe_gpt")
     Config, Model = CHARACTER_MODELS.get(written_by, (bpe_gpt.GPTConfig, bpe_gpt.GPT))
-    settings = checkpoint["config"] | {"by_hand": False}  # attention_weights() replaces PyTorch's
+    settings = checkpoint["config"] | {"by_hand": False}  # see attention_weights()
     config = Config(**{n: x for n, x in settings.items() if hasattr(Config, n)})
     if written_by == "bpe_gpt":
         model = bpe_gpt.build_model(checkpoint, config)
@@ -406,6 +403,8 @@ def parse_flags(Config):
     for name in ("temperature", "top_k", "top_p", "min_p"):
         if name in flags and flags.get("beam"):
             raise UserError(f"--beam searches for the likeliest text: --{name} has no effect")
+    if flags.get("beam") and flags.get("num_samples", 1) > flags["beam"]:
+        raise UserError(f"--beam {flags['beam']} finds {flags['beam']} texts: give a larger one")
     return flags
 
 
@@ -419,7 +418,7 @@ def typed_lines():
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):  # print any character, and each line at once
+    if hasattr(sys.stdout, "reconfigure"):  # ? for what cannot be printed; each line at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(SampleConfig)
     names = flags.pop("models") or sorted(glob.glob("out/*.pt"), key=os.path.getmtime)[-1:]
@@ -429,7 +428,7 @@ def main():
     if config.curve:
         return show_curves(names, config.plot)
     model, tokenizer, checkpoint = load_model(names[0])
-    text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # before each text
+    text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # a text begins after it
     before = [tokenizer.tokens.index(text_before.encode())]  # so that the first token is predicted
     if config.probs:
         return show_probs(model, tokenizer, before + tokenizer.encode(config.probs))

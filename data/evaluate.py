@@ -5,10 +5,6 @@
 
 The text is cut into windows as long as the model's context, end to end.
 """
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy", "tiktoken", "regex"]
-# ///
 
 import argparse
 import os

@@ -8,10 +8,6 @@ the weights (model.safetensors), the sizes (config.json) and the vocabulary (voc
 merges.txt, or tokenizer.json). Others' folders may ask for something that bpe_gpt.py does not do.
 Those are refused, since their results would be wrong here.
 """
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy", "tiktoken", "regex"]
-# ///
 
 import argparse
 import itertools

@@ -1,4 +1,4 @@
-"""Teach GPT-2, or another model of bpe_gpt.py, to answer instructions.
+"""Teach GPT-2, or another model of bpe_gpt.py, to follow instructions.
 
     python data/instruct.py --init gpt2                  # learns from data/instructions.json
     python data/instruct.py --init gpt2 --data my.json   # from records of your own
@@ -27,10 +27,6 @@ too little. It can learn small tasks, such as these, in about 6.5 minutes on two
 Of 50 words that it has never seen, such as this one, it spells 45, writes 41 in capital letters and
 33 twice, and names the first letter of all 50, without a mistake.
 """
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy", "tiktoken", "regex"]
-# ///
 
 import hashlib
 import json
@@ -166,4 +162,4 @@ if __name__ == "__main__":
             raise
         sys.exit("error: out of memory; lower --batch_size, then --block_size")
     except KeyboardInterrupt:
-        sys.exit("stopped; if this run has been evaluated, --resume continues from there")
+        sys.exit("stopped; if this run has saved a checkpoint, --resume continues from it")

@@ -7,10 +7,6 @@ Each file is a document, and the token <|endoftext|> follows it; where that word
 a document ends there too. The folder gets GPT-2's tokens as 16-bit integers, one after the other:
 the last of them (a tenth, or what --val_share says) in val.bin, all others in train.bin.
 """
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["numpy", "tiktoken"]
-# ///
 
 import argparse
 import glob

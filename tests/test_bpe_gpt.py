@@ -456,6 +456,10 @@ def test_learned_tokens_are_fewer_where_nothing_meets_twice():
     assert len(train_bpe("abab", 400).tokens) == 258
 
 
+def test_a_vocabulary_has_all_bytes_and_the_end_however_small_it_is_to_be():
+    assert len(train_bpe("abab", 1).tokens) == 257
+
+
 def test_the_example_in_the_docstring_is_so():
     tokens = token_bytes(train_bpe("low lower lowest", 1000))
     assert tokens[256:] == [b"lo", b"low", b" low", b" lowe", b"<|endoftext|>"]

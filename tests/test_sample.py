@@ -482,6 +482,7 @@ MISTAKES = [
     (["--probs", "The", "--explore", "sea"], "--probs and --explore: one at a time"),
     (["--explore", ""], "--explore needs a text"),
     (["--beam", "3", "--temperature", "0.5"], "--temperature has no effect"),
+    (["--beam", "2", "--num_samples", "3"], "--beam 2 finds 2 texts"),
     (["--device", "cuda"], "no such device"),
     (["--top_k", "-1"], "--top_k must not be negative"),
     (["--input", "heavy"], "was not trained on instructions"),

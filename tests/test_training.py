@@ -671,7 +671,7 @@ def test_ctrl_c_ends_a_run_with_one_line(script, tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 1
-    assert re.fullmatch(r"stopped; if this run has been evaluated, --resume continues.*\n", error)
+    assert re.fullmatch(r"stopped; if this run has saved a checkpoint, --resume continues.*\n", error)
     assert script.load_checkpoint(tmp_path / "x.pt", script.__name__)["last"]["step"] >= 8
 
 
