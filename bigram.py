@@ -48,7 +48,7 @@ class CharTokenizer:
         self.chars = sorted(set(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
         self.tokens = [char.encode() for char in self.chars]  # as bytes, for sample.py
-        self.end_of_text = -1  # for sample.py: no token ends a text, and none is -1
+        self.end_of_text = -1  # for sample.py: no token ends a text (none is -1)
 
     def encode(self, text):
         unknown = set(text) - set(self.chars)
@@ -128,8 +128,8 @@ class BigramLanguageModel(nn.Module):
 
 
 def count_bigrams(data, vocab_size, add=0):
-    """The best table for this data, found without training: count how often each bigram (pair
-    of characters) occurs, and use the logarithms of the counts as scores. Softmax turns them into
+    """The best table for this data, found without training: count how often each bigram (a pair of
+    characters) occurs, and use the logarithms of the counts as scores. Softmax turns them into
     frequencies: exp(ln(count)) is the count, and it is divided by the sum of all counts in its row.
 
     No table has a lower loss on this data. For row i, the gradient of the loss is proportional to

@@ -449,12 +449,13 @@ class Optimizer:
         learning_rate = multiplier * self.learning_rate
         self.n_steps += 1
         for params, means in zip(self.stacks, self.means):
-            # (A layer that you add to the model and do not use yet has no gradient: None.)
+            # A parameter that is frozen, or not used, has no gradient (None), and stays as it is.
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             updates = self.update(torch.stack(grads), means)  # as Adam or Muon defines it
             for p, update in zip(params, learning_rate * updates):
-                p *= 1 - learning_rate * self.weight_decay
-                p -= update
+                if p.grad is not None:
+                    p *= 1 - learning_rate * self.weight_decay
+                    p -= update
 
 
 class Adam(Optimizer):
@@ -510,7 +511,7 @@ def make_optimizers(model, config):
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     embeddings = [p for p in others if p.dim() == 2]
-    gains_and_biases = [p for p in others if p.dim() == 1]
+    gains_and_biases = [p for p in others if p.dim() != 2]
     if config.muon_learning_rate > 0:
         for_matrices = Muon(matrices, config.muon_learning_rate, config.weight_decay)
     else:
@@ -627,7 +628,7 @@ def save(checkpoint, started, model, optimizers, path):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
     earlier = checkpoint["history"][:-1]  # what this run has saved so far, if nobody replaced it
     if earlier and os.path.exists(path):
-        if load_checkpoint(path, "bpe_gpt", mmap=True)["history"] != earlier:
+        if load_checkpoint(path, "bigram", "char_gpt", "bpe_gpt", mmap=True)["history"] != earlier:
             path = f"{path.removesuffix('.pt')}-{os.getpid()}.pt"
             print(f"another run has replaced the checkpoint: from now on, this one saves to {path}")
     copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
@@ -655,17 +656,18 @@ def restore(last, model, optimizers):
 
 def write_log(log, path):
     """Lines of JSON, one per evaluation and per hundred steps, in a file beside the checkpoint."""
-    with replacing(path.removesuffix(".pt") + ".jsonl") as file:
+    with replacing(f"{path}.jsonl") as file:
         file.write("".join(json.dumps(entry) + "\n" for entry in log).encode())
 
 
-def show_cost(config, model, train_data, step):
+def show_cost(config, model, train_data, last):
     """What the run will take, before it begins."""
     x, _ = train_data.training_batch(0)
-    passes = config.max_iters * len(x) / train_data.n_rows
+    n_tokens = last["n_read"] + x.numel() * (config.max_iters - last["step"])
+    passes = n_tokens * len(x) / x.numel() / train_data.n_rows
     gigabytes = 16 * sum(p.numel() for p in model.parameters()) / 1e9  # last, best, 2 means
-    print(f"steps {step:,} to {config.max_iters:,} of about {x.numel():,} tokens: "
-          f"{x.numel() * config.max_iters:,} in all, {passes:.2g} passes through the data; "
+    print(f"steps {last['step']:,} to {config.max_iters:,} of about {x.numel():,} tokens: "
+          f"{n_tokens:,} in all, {passes:.2g} passes through the data; "
           f"a checkpoint of at most {gigabytes:.2g} GB every {config.eval_interval} steps")
 
 
@@ -766,7 +768,8 @@ def build_model(checkpoint, config):
         if getattr(config, name) != size and (name != "block_size" or config.block_size > size):
             raise UserError(f"--{name} is {size} in this model")
     state = dict(checkpoint["model"])
-    state.setdefault("lm_head.weight", state["transformer.wte.weight"])  # not in published files
+    # Published files have only wte. It is copied, in case that a model of yours does not tie them.
+    state["lm_head.weight"] = state.get("lm_head.weight", state["transformer.wte.weight"]).clone()
     wpe = state.get("transformer.wpe.weight")
     if wpe is not None:
         state["transformer.wpe.weight"] = wpe[: config.block_size].clone()
@@ -897,8 +900,6 @@ def pick_dtype(name, device):
 
 def join_processes(device):
     if N_PROCESSES > 1:
-        if device.type == "mps":
-            raise UserError("several processes: only with CUDA GPUs or --device cpu")
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", RANK)))
         # torchrun keeps the store, in which processes meet. After a restart, the prefix is new.
@@ -937,8 +938,6 @@ def choose_settings(flags, device, resumed, trained, more_settings={}):
     given = GPTConfig(**flags)
     if os.path.realpath(given.init) == os.path.realpath(given.out) and not resumed:
         raise UserError("--init and --out are the same file: give another --out")
-    if os.path.isdir(given.out):
-        raise UserError(f"--out {given.out} is a folder: give another name")
     settings = {}
     small = device.type != "cuda" and not (given.full or given.init or resumed)
     if small:
@@ -982,7 +981,8 @@ def must_match(config, train_data, val_data):
     """What has to be the same in all processes, and when a run is resumed."""
     size = [config.n_layer, config.n_head, config.n_embd, config.block_size]
     optimizer = "Muon" if config.muon_learning_rate > 0 else "Adam"
-    return dict(text=[train_data.hash, val_data.hash], size=size, optimizer=optimizer)
+    texts = [train_data.hash, val_data.hash]
+    return dict(text=texts, size=size, optimizer=optimizer, init=config.init)
 
 
 def new_checkpoint(config, tokenizer, train_data, val_data, trained):
@@ -1038,7 +1038,7 @@ def main(load_data=load_tokens, more_settings={}):
         with autocast:
             loss = describe(evaluate(model, val_data), checkpoint["bytes_per_token"][1])
         print(f"val loss {loss}; a uniform guess: ln({V}) = {math.log(V):.4f}")
-    show_cost(config, model, train_data, checkpoint["last"]["step"])
+    show_cost(config, model, train_data, checkpoint["last"])
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)
     step, _, _, best = min(checkpoint["history"], key=lambda entry: entry[3])
     print(f"best val loss {best:.4f} at step {step}; next: python sample.py {config.out}")

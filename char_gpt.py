@@ -71,7 +71,7 @@ class CharTokenizer:
         self.chars = sorted(set(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
         self.tokens = [char.encode() for char in self.chars]  # as bytes, for sample.py
-        self.end_of_text = -1  # for sample.py: no token ends a text, and none is -1
+        self.end_of_text = -1  # for sample.py: no token ends a text (none is -1)
 
     def encode(self, text):
         unknown = set(text) - set(self.chars)
@@ -139,10 +139,9 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """The activation function. It stands between two products with matrices, which would amount to
-    a single one without it. The simplest one, max(0, x), has a gradient of 0 for all negative x.
-    This is a smooth version, x * P(Z <= x), where Z is a standard normal variable; the formula with
-    tanh is very close to that. Hendrycks & Gimpel 2016."""
+    """The activation function: without it, two products with matrices would amount to a single one.
+    It is max(0, x) made smooth, so that negative x get gradients, too: x * P(Z <= x), where Z is a
+    standard normal variable. The formula with tanh is very close. Hendrycks & Gimpel 2016."""
     by_hand = False
     def forward(self, x):
         if not self.by_hand:
@@ -280,8 +279,8 @@ class GPT(nn.Module):
         B, T = idx.shape
         if T > self.context_size:
             raise UserError(f"{T} tokens do not fit into a context of {self.context_size}")
-        # Except for the mask, attention ignores the order of the vectors. So a token's vector must
-        # say where the token stands: it is the sum of an embedding for each, token and position.
+        # Except for the mask, attention ignores the order of the vectors. So each vector must say
+        # where it stands: it is the sum of an embedding of the token and one of its position.
         positions = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for block in self.transformer.h:
@@ -319,11 +318,11 @@ def generate(model, idx, max_new_tokens, choose=sample):
 
 class Optimizer:
     """What Adam and Muon have in common. Plain gradient descent has one learning rate for all, but
-    some parameters have gradients a thousand times as large as others. Here, update() computes each
-    step from running means of the gradients, in which the latest count most: the gradient of one
-    batch is noisy. With weight decay, each step also shrinks the parameters a little, so that only
-    what the gradients keep asking for becomes large. Small tensors of equal shape are stacked: on a
-    GPU, many small operations take longer than a large one."""
+    some parameters have gradients a thousand times as large as others, and one batch is noisy. So
+    update() computes each step from running means of the gradients: the latest count most. With
+    weight decay, each step also shrinks the parameters a little, so that only what the gradients
+    keep asking for becomes large. Small tensors of equal shape are stacked: on a GPU, many small
+    operations take longer than a large one."""
     def __init__(self, params, learning_rate, weight_decay=0.0):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -340,12 +339,13 @@ class Optimizer:
         learning_rate = multiplier * self.learning_rate
         self.n_steps += 1
         for params, means in zip(self.stacks, self.means):
-            # (A layer that you add to the model and do not use yet has no gradient: None.)
+            # A parameter that is frozen, or not used, has no gradient (None), and stays as it is.
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             updates = self.update(torch.stack(grads), means)  # as Adam or Muon defines it
             for p, update in zip(params, learning_rate * updates):
-                p *= 1 - learning_rate * self.weight_decay
-                p -= update
+                if p.grad is not None:
+                    p *= 1 - learning_rate * self.weight_decay
+                    p -= update
 
 
 class Adam(Optimizer):
@@ -444,6 +444,8 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     # zero in a straight line: large steps to get near a minimum, small ones to settle in it.
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
+    model.train()  # as opposed to eval(). This and the seed are for dropout, which you may add.
+    torch.manual_seed(config.seed * 1_000_003 + step)
     # Mixed precision: matrix products in bfloat16 where that is faster. It has float32's range, but
     # fewer digits. The weights stay in float32, or rounding would swallow small updates.
     with autocast:

@@ -21,6 +21,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass, fields
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,7 @@ import torch.nn.functional as F
 import bpe_gpt
 import char_gpt
 from bigram import BigramConfig, BigramLanguageModel
-from char_gpt import (
-    CharTokenizer, UserError, attention, load_checkpoint, pick_device, pick_dtype, sample)
+from char_gpt import CharTokenizer, UserError, load_checkpoint, pick_device, pick_dtype, sample
 
 # ---- Configuration ------------------------------------------------------------------------------
 
@@ -228,14 +228,14 @@ def record(model, ids, modules):
 def attention_weights(model, ids):
     """(n_layer, n_head, T, T): in each head, row t says how much token t attends to each token."""
     weights = []
-    def recording(q, k, v, **settings):  # takes the place of PyTorch's function for a while
-        # With the identity matrix as values, weights @ values is the weights themselves.
-        weights.append(attention(q, k, torch.eye(len(ids))))
-        return attention(q, k, v)
     usual = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = recording
-    model(torch.tensor([ids]))
-    F.scaled_dot_product_attention = usual
+    def recording(q, k, v, **settings):  # takes the place of this function for a while
+        # With the identity matrix as values, weights @ values is the weights themselves.
+        identity = torch.eye(len(ids)).expand(*v.shape[:2], -1, -1)
+        weights.append(usual(q, k, identity, **settings))
+        return usual(q, k, v, **settings)
+    with mock.patch.object(F, "scaled_dot_product_attention", recording):
+        model(torch.tensor([ids]))
     return torch.cat(weights)
 
 

@@ -43,6 +43,7 @@ BYTE = {letter: byte for byte, letter in LETTER.items()}
 # The files of a tokenizer that are read here. Others with such names may be a vocabulary, too.
 TOKENIZER_FILES = {"vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
                    "added_tokens.json", "special_tokens_map.json"}
+CHANGE_TOKENS = ("add_prefix_space", "add_bos_token", "add_eos_token", "split_special_tokens")
 OTHER_FILES = r"vocab|merges|token|encoder|spiece|sentencepiece|^(bpe|dict)\.|\.(model|spm)$"
 
 # ---- Reading ------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def check_settings(settings, name):
     if not re.match("GPT2Tokenizer|PreTrainedTokenizerFast|TokenizersBackend", kind):
         raise UserError(f"tokenizer_class {kind} in {name} is not supported")
     for setting, value in settings.items():
-        if setting in ("add_prefix_space", "add_bos_token", "add_eos_token") and value:
+        if setting in CHANGE_TOKENS and value:
             raise UserError(f"{setting} in {name} is not supported")
         if setting.endswith(("_token", "_tokens", "_tokens_decoder")):
             check_special_tokens(value)

@@ -44,7 +44,8 @@ def pieces(file, size=1 << 20):
 def write_tokens(paths, tokenizer, out):
     """Write the tokens of all files to the file out; return how many they are."""
     for path in paths:
-        with open(path, encoding="utf-8") as file:  # Windows' line ends, \r\n, are read as \n
+        # Windows' line ends, \r\n, are read as \n, and its byte order mark is dropped.
+        with open(path, encoding="utf-8-sig") as file:
             try:
                 texts = pieces(file)
                 while batch := list(itertools.islice(texts, 16)):  # to use several cores

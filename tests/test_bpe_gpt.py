@@ -833,10 +833,10 @@ def test_what_a_run_will_take_is_printed_before_it_begins(capsys):
                           "eval_interval": 10})
     data = TextData(np.arange(1000) % 300, config)  # 61 rows of 16 in an epoch, 10 per step
     model = GPT(config)
-    bpe_gpt.show_cost(config, model, data, 12)
+    bpe_gpt.show_cost(config, model, data, dict(step=12, n_read=12 * 320))  # with larger steps so far
     n = sum(p.numel() for p in model.parameters())
     assert capsys.readouterr().out == (
-        f"steps 12 to 37 of about 160 tokens: 5,920 in all, {370 / 61:.2g} passes through the data; "
+        f"steps 12 to 37 of about 160 tokens: 7,840 in all, {490 / 61:.2g} passes through the data; "
         f"a checkpoint of at most {16 * n / 1e9:.2g} GB every 10 steps\n")
 
 
@@ -895,7 +895,7 @@ def test_the_log_has_every_evaluation_and_hundredth_step_once_after_three_stops(
     size = [*SIZE.split(), "--batch_size", "4", "--total_batch_size", "64"]
     for max_iters in (130, 250, 260, 400):
         command("x.pt", *size, "--resume", "--max_iters", max_iters, "--eval_interval", "130")
-    lines = (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (tmp_path / "x.pt.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     steps = [entry["step"] for entry in entries]
     assert steps == [100, 130, 200, 250, 260, 300, 390, 400, 400]
@@ -913,6 +913,23 @@ def test_resuming_notices_other_validation_data(command, tmp_path):
     with pytest.raises(bpe_gpt.UserError, match="x.pt began with another text"):
         command("x.pt", "--resume", "--max_iters", "10")
     assert (tmp_path / "x.pt").read_bytes() == before
+
+
+def test_two_ends_that_a_reader_unties_are_tuned_apart():
+    """Even if the model that they come from has one matrix for both."""
+    class Untied(GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.lm_head.weight = torch.nn.Parameter(torch.zeros(config.vocab_size, config.n_embd))
+
+    config = GPTConfig(**SMALL)
+    for state in (GPT(config).state_dict(), Untied(config).state_dict()):
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bpe_gpt, "GPT", Untied)
+            model = bpe_gpt.build_model(dict(config=vars(config), model=state), config)
+        ends = model.lm_head.weight, model.transformer.wte.weight
+        assert torch.equal(*ends) and ends[0].data_ptr() != ends[1].data_ptr()
 
 
 def test_the_latest_weights_are_saved_once_if_they_are_the_best(command, tmp_path):

@@ -120,8 +120,8 @@ def test_an_end_of_text_in_a_text_is_the_token_that_ends_a_document(make, learne
     assert tokens == [*first, end, *second, end, *learned.encode("To be"), end, end]
 
 
-def test_line_ends_of_windows_are_read_as_newlines(make, learned):
-    windows = TEXT.replace("\n", "\r\n")
+def test_line_ends_of_windows_are_read_as_newlines_and_its_byte_order_mark_is_dropped(make, learned):
+    windows = "\ufeff" + TEXT.replace("\n", "\r\n")
     train, val = make(windows, share="0.01")
     expected = encode(learned, TEXT)
     assert train + val == expected and len(val) == round(0.01 * len(expected))

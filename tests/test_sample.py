@@ -7,10 +7,12 @@ import os
 import re
 import shutil
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import instruct, one_line_error, run
 
 import bpe_gpt
@@ -235,6 +237,35 @@ def test_the_attention_shown_is_the_attention_at_work(script):
         mixed = (weights[layer] @ v).transpose(0, 1).reshape(1, 5, 8)
         assert torch.allclose(block.attn.c_proj(mixed), block.attn(normed), atol=1e-5)
         x = block(x)
+
+
+class Windowed(char_gpt.CausalSelfAttention):
+    """Attention as a reader may change it: a token sees itself and the one before it."""
+    def forward(self, x):
+        T = x.shape[1]
+        q, k, v = [part.view(1, T, 2, 4).transpose(1, 2) for part in self.c_attn(x).split(8, dim=2)]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=WINDOW[:T, :T], scale=0.3)
+        return self.c_proj(y.transpose(1, 2).reshape(1, T, 8))
+
+
+WINDOW = torch.ones(8, 8).tril().triu(-1).bool()
+
+
+def test_the_attention_shown_is_that_of_a_readers_own_mask():
+    model = tiny(char_gpt)
+    for block in model.transformer.h:
+        block.attn.__class__ = Windowed
+    weights = sample.attention_weights(model, [1, 3, 0, 2, 4])
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 2, 5))
+    assert torch.equal(weights > 0, WINDOW[:5, :5].expand(2, 2, 5, 5))
+
+
+def test_attention_is_pytorchs_again_after_a_look_inside_and_after_an_error():
+    usual = F.scaled_dot_product_attention
+    for ids in ([1, 3], [99]):
+        with pytest.raises(IndexError) if ids == [99] else nullcontext():
+            sample.attention_weights(tiny(char_gpt), ids)
+        assert F.scaled_dot_product_attention is usual
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

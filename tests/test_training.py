@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from conftest import PLAY, ROOT, one_line_error, run, without_gpu
 
 import bigram
@@ -183,9 +185,10 @@ def test_no_step_is_made_with_a_gradient_that_is_not_finite(script):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
 
-def test_a_step_is_made_in_training_mode():
-    model = build(bpe_gpt).eval()
-    take_step(bpe_gpt, model, bpe_gpt.GPTConfig())
+@for_each_gpt
+def test_a_step_is_made_in_training_mode(script):
+    model = build(script).eval()
+    take_step(script, model, script.GPTConfig())
     assert model.training
 
 
@@ -290,14 +293,14 @@ FLAGS = {
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """train(script, out, flags): what `python SCRIPT FLAGS` does, in this process, on a short text.
-    Returns the checkpoint, or None if there is none."""
+    Returns the checkpoint, or None if there is none (or load is False)."""
     text = PLAY.read_text(encoding="utf-8")[:6000]
     (tmp_path / "play.txt").write_text(text, encoding="utf-8")
     (tmp_path / "other.txt").write_text(text[::-1], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
 
-    def train(script, out, flags):
+    def train(script, out, flags, load=True):
         if "--data" not in flags:
             flags += " --data play.txt"
         argv = [f"{script.__name__}.py", "--device", "cpu", "--out", out, *flags.split()]
@@ -307,7 +310,7 @@ def train(tmp_path, monkeypatch):
         except KeyboardInterrupt:
             pass
         path = tmp_path / out
-        return script.load_checkpoint(path, script.__name__) if path.exists() else None
+        return script.load_checkpoint(path, script.__name__) if load and path.exists() else None
 
     return train
 
@@ -359,6 +362,52 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(script, train, mon
     assert len(stopped["history"]) == 1
     resumed = without_seconds(train(script, "part.pt", "--resume"))
     assert same(resumed, whole)
+
+
+def test_dropout_that_a_reader_adds_is_at_work_and_a_stopped_run_goes_on_with_it(train, monkeypatch):
+    plain = train(char_gpt, "plain.pt", FLAGS[char_gpt])
+
+    class Block(char_gpt.Block):
+        def forward(self, x):
+            return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+    monkeypatch.setattr(char_gpt, "Block", Block)
+    whole = without_seconds(train(char_gpt, "whole.pt", FLAGS[char_gpt]))
+    assert not same(whole["history"], plain["history"])
+    with monkeypatch.context() as patch:
+        stop_at(char_gpt, patch, 6)
+        train(char_gpt, "part.pt", FLAGS[char_gpt])
+    assert same(without_seconds(train(char_gpt, "part.pt", "--resume")), whole)
+
+
+@for_each_gpt
+def test_parameters_that_a_reader_freezes_stay_as_they_are(script, train, monkeypatch):
+    """Also in the middle of a run, when there are means of their earlier gradients."""
+    begun = train(script, "x.pt", FLAGS[script] + " --max_iters 4")
+    make_optimizers = script.make_optimizers
+
+    def freeze_and_make(model, config):
+        model.transformer.h[0].requires_grad_(False)
+        return make_optimizers(model, config)
+
+    monkeypatch.setattr(script, "make_optimizers", freeze_and_make)
+    resumed = train(script, "x.pt", "--resume --max_iters 8")
+    for name, before in begun["last"]["model"].items():
+        frozen = name.startswith("transformer.h.0.")
+        assert torch.equal(before, resumed["last"]["model"][name]) == frozen, name
+
+
+@for_each_gpt
+def test_a_parameter_of_any_shape_that_a_reader_adds_is_trained(script):
+    model = build(script)
+    added = {"scale": nn.Parameter(torch.ones(())), "per_head": nn.Parameter(torch.ones(2, 32, 16))}
+    block = model.transformer.h[0]
+    for name, p in added.items():
+        block.register_parameter(name, p)
+        p.grad = torch.ones_like(p)
+    for optimizer in script.make_optimizers(model, script.GPTConfig(warmup_iters=0)):
+        optimizer.step()
+    assert all((p < 1).all() for p in added.values())
 
 
 @for_each_gpt
@@ -560,6 +609,16 @@ def test_the_kind_of_optimizer_cannot_change_in_the_middle_of_a_run(train, first
     train(bpe_gpt, "x.pt", FLAGS[bpe_gpt] + f" --max_iters 4 --muon_learning_rate {first}")
     with pytest.raises(ValueError, match="began with another optimizer"):
         train(bpe_gpt, "x.pt", f"--resume --max_iters 8 --muon_learning_rate {then}")
+
+
+def test_a_run_from_scratch_is_not_resumed_as_one_that_fine_tunes(train):
+    train(bpe_gpt, "base.pt", FLAGS[bpe_gpt] + " --max_iters 4")
+    train(bpe_gpt, "x.pt", FLAGS[bpe_gpt] + " --max_iters 4")
+    with pytest.raises(bpe_gpt.UserError, match="--resume: x.pt began with another init"):
+        train(bpe_gpt, "x.pt", "--resume --init base.pt --max_iters 8")
+    train(bpe_gpt, "tuned.pt", "--init base.pt --max_iters 4")
+    resumed = train(bpe_gpt, "tuned.pt", "--resume --init base.pt --max_iters 8")
+    assert resumed["last"]["step"] == 8
 
 
 @for_each_gpt
@@ -785,10 +844,11 @@ def test_a_run_whose_loss_is_no_number_keeps_the_older_checkpoint(
     assert (tmp_path / "x.pt").read_bytes() == before
 
 
-def test_a_run_does_not_replace_the_file_of_another_run(train, monkeypatch, capsys, tmp_path):
-    """Two runs with one --out: the second saves between two evaluations of the first."""
-    flags = FLAGS[bpe_gpt]
-    other = train(bpe_gpt, "other.pt", flags + " --seed 7")
+@for_each_gpt
+def test_a_run_does_not_replace_the_file_of_another_run(script, train, monkeypatch, capsys, tmp_path):
+    """Two runs with one --out: the second, of whichever script, saves between two evaluations of the
+    first, which is one of bpe_gpt.py."""
+    train(script, "other.pt", FLAGS[script] + " --seed 7")
     training_step = bpe_gpt.training_step
 
     def step_beside_another_run(*args):
@@ -796,16 +856,19 @@ def test_a_run_does_not_replace_the_file_of_another_run(train, monkeypatch, caps
             shutil.copy("other.pt", "x.pt")
         return training_step(*args)
 
-    monkeypatch.setattr(bpe_gpt, "training_step", step_beside_another_run)
-    assert same(train(bpe_gpt, "x.pt", flags), other)
+    with monkeypatch.context() as patch:
+        patch.setattr(bpe_gpt, "training_step", step_beside_another_run)
+        train(bpe_gpt, "x.pt", FLAGS[bpe_gpt], load=False)
+    assert (tmp_path / "x.pt").read_bytes() == (tmp_path / "other.pt").read_bytes()
     (name,) = tmp_path.glob("x-*.pt")
-    assert f"another run has replaced the checkpoint: from here on, this one saves {name.name}" in (
+    assert f"another run has replaced the checkpoint: from now on, this one saves to {name.name}" in (
         capsys.readouterr().out)
     goes_on = bpe_gpt.load_checkpoint(name, "bpe_gpt")
     assert len(goes_on["history"]) == 3 and goes_on["config"]["out"] == name.name
-    whole = train(bpe_gpt, "whole.pt", flags)
+    whole = train(bpe_gpt, "whole.pt", FLAGS[bpe_gpt])
     assert same(without_seconds(goes_on), without_seconds(whole))
-    assert name.with_suffix(".jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    logs = [Path(f"{path}.jsonl").read_text(encoding="utf-8") for path in (name, "whole.pt")]
+    assert logs[0] == logs[1]
 
 
 def test_a_run_writes_its_file_again_if_it_was_deleted(train, monkeypatch, tmp_path):
@@ -820,14 +883,11 @@ def test_a_run_writes_its_file_again_if_it_was_deleted(train, monkeypatch, tmp_p
     assert len(train(bpe_gpt, "x.pt", FLAGS[bpe_gpt])["history"]) == 3
 
 
-def test_a_file_that_cannot_be_written_is_noticed_before_training(train, monkeypatch, tmp_path):
+def test_a_file_that_cannot_be_written_is_noticed_before_training(train, monkeypatch):
     """Here the name is too long: not that of the checkpoint, but of the file that becomes it."""
     stop_at(bpe_gpt, monkeypatch, 0)
     with pytest.raises(OSError):
         train(bpe_gpt, 251 * "x" + ".pt", FLAGS[bpe_gpt])
-    (tmp_path / "x.pt").mkdir()
-    with pytest.raises(bpe_gpt.UserError, match="x.pt is a folder"):
-        train(bpe_gpt, "x.pt", FLAGS[bpe_gpt])
 
 
 @for_each_script

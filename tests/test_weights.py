@@ -324,6 +324,8 @@ def test_what_leaves_the_tokens_of_a_text_as_they_are_is_accepted(tmp_path, toke
 SETTINGS = {
     "a token at the beginning": ("tokenizer_config.json", {"add_bos_token": True}, "add_bos_token"),
     "a token at the end": ("tokenizer_config.json", {"add_eos_token": True}, "add_eos_token"),
+    "another way to split": (
+        "tokenizer_config.json", {"split_special_tokens": True}, "split_special_tokens"),
     "a prefix space": ("tokenizer_config.json", {"add_prefix_space": True}, "add_prefix_space"),
     "another kind": ("tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"}, "Qwen2"),
     "another kind for the model": ("config.json", {"tokenizer_class": "BertTokenizer"}, "Bert"),

@@ -129,6 +129,8 @@ def test_an_exercise_is_begun_shown_and_restored_and_other_changes_stay(copy):
     run("tests/exercises.py", "attention", "--restore", cwd=copy)
     assert script.read_text(encoding="utf-8") == "# a remark\n" + original
     assert not list(copy.glob("*.before_*"))
+    yours = (copy / "char_gpt.py.your_attention").read_text(encoding="utf-8")
+    assert yours.startswith("def attention(q, k, v):\n") and yours.endswith(mine)
 
 
 def test_a_script_that_cannot_be_read_gets_one_line_and_stays_as_it_is(copy):
