@@ -2,7 +2,7 @@
 
 The model is a table of 65 x 65 scores: row i says how likely each character is to follow the i-th.
 The rest is what OpenAI's GPT-2 needs, too: text as integers, batches, a loss, gradient descent,
-validation and sampling. char_gpt.py puts a transformer, GPT-2's kind of network, in its place.
+validation and sampling. char_gpt.py replaces the table by a transformer, GPT-2's kind of network.
 
     python bigram.py                       # 4 seconds on two CPU cores
     python bigram.py --data my_text.txt    # any text file in UTF-8
@@ -34,7 +34,7 @@ class BigramConfig:
     batch_size: int = 32  # sequences per step
     max_iters: int = 1000  # steps of gradient descent
     eval_interval: int = 250  # steps between evaluations
-    learning_rate: float = 200.0  # factor of the gradient in the first step; it falls to zero
+    learning_rate: float = 200.0  # the first step is this times the gradient; it falls to zero
     seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/bigram.pt"  # checkpoint: the trained model, for sample.py
@@ -48,7 +48,7 @@ class CharTokenizer:
         self.chars = sorted(set(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
         self.tokens = [char.encode() for char in self.chars]  # as bytes, for sample.py
-        self.end_of_text = -1  # for sample.py: no token ends a text (none is -1)
+        self.end_of_text = -1  # for sample.py: no token marks a text's end (none is -1)
 
     def encode(self, text):
         unknown = set(text) - set(self.chars)
@@ -62,8 +62,8 @@ class CharTokenizer:
 
 def split_data(data, config):
     """Train on the first 90%, validate on the rest. A model can lower its training loss simply by
-    memorizing the text (overfitting). Only text it has never seen shows what it has learned: a
-    whole piece, since it would have seen everything around single characters."""
+    memorizing the text (overfitting). Only text it has never seen shows what it has learned.
+    (It is one piece: the surroundings of scattered characters would not be new.)"""
     n = int(0.9 * len(data))
     if len(data) - n <= config.block_size:
         raise UserError(f"{len(data)} characters are too few for --block_size {config.block_size}")
@@ -97,7 +97,7 @@ def cross_entropy(logits, targets):
     came next, averaged over all positions. (The probability of a whole text is a product of such
     probabilities. The logarithm turns it into a sum.) A model that is certain and right has a loss
     of 0; one that guesses uniformly among 65 characters has -ln(1/65) = ln(65) = 4.17. The share of
-    right guesses could not be learned from: small changes of the scores leave it as it is.
+    right guesses would not do as a loss: small changes of the scores do not change it.
 
     The logits (B, T, V) are scores, one for each of the V tokens in the vocabulary. Softmax turns
     them into probabilities: exp(score), divided by the sum of all exp(score). targets is (B, T)."""
@@ -109,8 +109,8 @@ def cross_entropy(logits, targets):
 
 class BigramLanguageModel(nn.Module):
     """Row i of the table holds the scores of all characters that may follow character i. The table
-    is an nn.Embedding, a matrix of parameters whose rows are looked up by number. (The result is
-    the same as that of a vector, with a 1 at this number and zeros elsewhere, times the matrix.) An
+    is an nn.Embedding, a matrix of parameters whose rows are looked up by number. (This is the
+    same as a product: a vector with a 1 at this number and zeros elsewhere, times the matrix.) An
     nn.Module keeps track of its parameters; calling it, as in model(idx), calls its forward()."""
     context_size = 1  # how many tokens the model looks at to predict the next one
 
@@ -133,7 +133,7 @@ def count_bigrams(data, vocab_size, add=0):
     frequencies: exp(ln(count)) is the count, and it is divided by the sum of all counts in its row.
 
     No table has a lower loss on this data. For row i, the gradient of the loss is proportional to
-    softmax(row i) minus these frequencies: zero when the two are equal. The loss is convex (shaped
+    softmax(row i) minus its frequencies: zero when the two are equal. The loss is convex (shaped
     like a bowl), so this is its minimum. Better models look further back, and need training.
     add=1 adds one to every count. Without it, the probability of a pair that is not in data would
     be 0, and one such pair in the validation text would make the loss infinite."""
@@ -155,7 +155,7 @@ def sample(logits):
 def generate(model, idx, max_new_tokens, choose=sample):
     """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
     each new column (B, 1) as soon as it is chosen."""
-    model.eval()  # turns off what is for training only, such as dropout in bpe_gpt.py
+    model.eval()  # turns off what is for training only, such as dropout
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.context_size :])
         new = choose(logits[:, -1])  # the last position's scores are for the token to come
@@ -221,7 +221,7 @@ def report(checkpoint, model, tokenizer, config):
 
 # ---- Files and flags ----------------------------------------------------------------------------
 
-# The rest is not about language models. At the first reading, skip to main(), which runs it all.
+# The rest is not about language models. On a first reading, skip to main(), which runs it all.
 
 DATA = Path(__file__).resolve().parent / "data"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -284,7 +284,7 @@ def parse_flags(Config):
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):  # ? for what cannot be printed; each line at once
+    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; no line waits
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     config = BigramConfig(**parse_flags(BigramConfig))
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # so that an error comes at once

@@ -40,12 +40,12 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 50257  # GPT-2's own vocabulary; any other, from 257 on, is learned
+    vocab_size: int = 50257  # GPT-2's vocabulary; any other size, from 257 on, is learned
     n_layer: int = 12  # transformer blocks, each of attention and an MLP
     n_head: int = 12  # attention heads per block; must divide n_embd
     n_embd: int = 768  # width: how many numbers represent a token inside the model
     block_size: int = 1024  # context: how many tokens the model can look at
-    dropout: float = 0.1  # fraction of the numbers in the model that a step sets to zero
+    dropout: float = 0.1  # fraction of what each block adds that a step sets to zero
     init: str = ""  # fine-tune gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a checkpoint
     batch_size: int = 16  # sequences that go through the model at once: lower it to save memory
     total_batch_size: int = 16384  # tokens per step, in total_batch_size // block_size rows
@@ -55,7 +55,7 @@ class GPTConfig:
     muon_learning_rate: float = 0.02  # of Muon, for the matrices in the blocks; 0: AdamW for all
     warmup_iters: int = 50  # steps over which the learning rates rise from zero
     weight_decay: float = 0.1  # pulls matrices and embeddings towards zero, against overfitting
-    grad_clip: float = 1.0  # greatest length of all gradients, taken as one vector; 0: no limit
+    grad_clip: float = 1.0  # limit on the length of the gradient, over all parameters; 0: none
     seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model, even where a small one is the default
     device: str = "auto"  # cuda, mps or cpu
@@ -77,11 +77,11 @@ CPU_SETTINGS = dict(  # on anything but a CUDA GPU: a smaller model, 5.5 minutes
     total_batch_size=2048, max_iters=2100, eval_interval=300, learning_rate=0.002,
     muon_learning_rate=0.025, warmup_iters=10, weight_decay=0.15)
 # For a folder of tokens (see data/prepare.py): half a million per step, like the small GPT-3 (Brown
-# et al. 2020); Muon's rate and decay are modded-nanogpt's; what is read only once needs no dropout.
+# et al. 2020); Muon's rate and decay as in modded-nanogpt; what is read once needs no dropout.
 FOLDER_SETTINGS = dict(
     vocab_size=50257, dropout=0.0, batch_size=32, total_batch_size=2**19, eval_interval=250,
     learning_rate=0.003, muon_learning_rate=0.02, weight_decay=0.01, warmup_iters=100)
-# Few and small steps, so that GPT-2 keeps what it knows. (Muon's are large in all directions.)
+# A few small steps, so that GPT-2 keeps what it knows. (No Muon: it makes all directions large.)
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
     muon_learning_rate=0.0, warmup_iters=5)
@@ -91,8 +91,8 @@ FINE_TUNING_SETTINGS = dict(
 # Sequences of characters are long, and each character says little; there are too many words to list
 # them all. GPT-2's tokens lie in between: strings of bytes that occur often, from a byte to a long
 # word. A text is first split into "words", so that no token joins a word and a comma: endings such
-# as 's; letters (\p{L}), digits (\p{N}) or other signs, with the space before them, which needs no
-# token then; and other white space, but for the last space, which goes with the next word: (?!\S).
+# as 's; letters (\p{L}), digits (\p{N}) or other signs, with a space before them, which needs no
+# token then; and other white space, where (?!\S) leaves the last space before a word to that word.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"  # a token that stands between texts
 
@@ -107,15 +107,15 @@ def train_bpe(text, vocab_size):
     o-w occur three times each. In a tie, the smaller pair of numbers comes first, so l-o
     becomes the token "lo". The next merges are lo-w (three times), space-low and " low"-e (twice
     each). Then no pair occurs twice, and learning ends. To count all pairs again after each merge
-    would take hours, so only the counts of the merged pairs and of their neighbours are changed."""
+    would take hours, so only the counts of the merged pairs and those beside them are changed."""
     words = Counter(regex.findall(WORDS, text))
-    # The tokens of all different words, -1 after each word; for each position, the word's count.
+    # The tokens of all distinct words, -1 after each word; for each position, the word's count.
     ids = np.array([token for word in words for token in [*word.encode(), -1]], np.int32)
     times = np.array([n for word, n in words.items() for _ in [*word.encode(), -1]], np.int32)
     pair_counts = Counter()
     heap = []  # of (-count, pair), some out of date; heappop() takes out the smallest
 
-    def count_pairs(starts, sign):  # counts (+1) or takes off (-1) the pairs that begin there
+    def count_pairs(starts, sign):  # adds (+1) or subtracts (-1) the pairs that begin there
         changes = Counter()
         for a, b, n in zip(ids[starts].tolist(), ids[starts + 1].tolist(), times[starts].tolist()):
             if -1 not in (a, b):  # no pair reaches into another word
@@ -132,7 +132,7 @@ def train_bpe(text, vocab_size):
         if pair_counts[pair] != -count:  # out of date
             continue
         starts = find_pair(ids, pair)
-        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # each once; ids[-1] is -1
+        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # each once; before 0: a -1
         ids[starts] = len(tokens)
         ids = np.delete(ids, starts + 1)
         times = np.delete(times, starts + 1)
@@ -155,8 +155,8 @@ def find_pair(ids, pair):
 
 def encode_word(word, ranks):
     """The tokens of a word, given as bytes; ranks has the number of each token. Again and again, of
-    all neighbours that together are a token, those are merged whose token was learned first and has
-    the lowest number. If "lo", "ow", "er" were learned in this order, "lower" becomes lo w er."""
+    all neighbours that together are a token, those are merged whose token was learned first: the
+    lowest number. If "lo", "ow", "er" were learned in this order, "lower" becomes lo w er."""
     parts = [bytes([b]) for b in word]
     while len(parts) > 1:
         merged = [a + b for a, b in zip(parts, parts[1:])]
@@ -170,7 +170,7 @@ def encode_word(word, ranks):
 
 class BPETokenizer:
     """A tokenizer for a list of tokens, as bytes, with the methods of CharTokenizer. It needs no
-    list of merges: the tokens imply it. tiktoken does what encode_word() shows, but faster."""
+    list of merges: the tokens' order is one. tiktoken does what encode_word() shows, but faster."""
     def __init__(self, tokens):
         self.tokens = tokens
         ranks = {token: i for i, token in enumerate(tokens)}
@@ -200,7 +200,7 @@ class TextData:
     """An array of tokens, cut into windows of block_size tokens, or fewer if it is shorter. The
     inputs x and targets y that training_batch() returns depend only on seed and step."""
     prompts = ["\n"]  # what report() lets the model continue
-    max_evaluated = 1_000_000  # tokens, or little more
+    max_evaluated = 1_000_000  # tokens, or a few more
     def __init__(self, tokens, config):
         if len(tokens) < 2:
             raise UserError("the text is too short: a part of it has fewer than two tokens")
@@ -209,8 +209,8 @@ class TextData:
         self.hash = hashlib.sha256(np.concatenate(parts).tobytes()).hexdigest()
         self.tokens = tokens
         self.config = config
-        self.T = min(config.block_size, len(tokens) - 1)  # inputs in a row
-        self.n_rows = max(1, (len(tokens) - 1) // self.T - 1)  # in an epoch
+        self.T = min(config.block_size, len(tokens) - 1)  # inputs per row
+        self.n_rows = max(1, (len(tokens) - 1) // self.T - 1)  # per epoch
 
     def row(self, start):
         """T inputs from start on, or what is left, and the targets, which come one token later."""
@@ -218,14 +218,14 @@ class TextData:
         return window[:-1], window[1:]
 
     def training_batch(self, step):
-        """Every epoch cuts the text into other windows, beginning at another offset."""
+        """Every epoch cuts the text into new windows, from a new offset."""
         epoch, chosen = pick_rows(self.n_rows, step, self.config)
         rng = np.random.default_rng((self.config.seed, epoch))
         offset = rng.integers(len(self.tokens) - self.n_rows * self.T)
         return make_batch([self.row(offset + self.T * n) for n in chosen])
 
     def evaluation_batches(self):
-        """Windows, end to end; of a long text, evenly spread. The last one may be shorter."""
+        """Windows, end to end; of a long text, only some of them. The last one may be shorter."""
         starts = range(0, len(self.tokens) - 1, self.T)
         starts = starts[:: 1 + len(self.tokens) // self.max_evaluated]
         for i in range(0, len(starts), self.config.batch_size):
@@ -234,7 +234,7 @@ class TextData:
 
 def pick_rows(n_rows, step, config):
     """The epoch of a step, and the numbers of its rows. In an epoch, each of the n_rows rows comes
-    once, in random order. A step takes n, at least one for each process; a rest is left out."""
+    once, in random order. A step takes n, at least one per process; a remainder is left out."""
     n = max(N_PROCESSES, config.total_batch_size // config.block_size)  # rows per step
     steps_per_epoch = max(1, n_rows // n)
     epoch, i = divmod(step, steps_per_epoch)
@@ -271,7 +271,7 @@ class Cache:
 
     def append(self, k, v):
         """Adds keys and values of T tokens, (B, n_head, T, head_size); returns those of all S."""
-        if self.length == 0:  # room for a whole context, or each token would mean a copy
+        if self.length == 0:  # room for a whole context: growing would copy everything
             B, n_head, _, head_size = k.shape
             self.k = k.new_empty(B, n_head, self.context_size, head_size)
             self.v = torch.empty_like(self.k)
@@ -315,7 +315,7 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Multi-layer perceptron. It works on each token by itself: what attention has gathered is
-    processed here. The vector in between is wider, with room for more; 4 is the usual factor."""
+    processed here. The vector between its two matrices is wider, usually by a factor of 4."""
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)  # fc for fully connected
@@ -343,7 +343,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019). Its parameters have the names of Hugging Face's library."""
+    """GPT-2 (Radford et al. 2019). Its parameters are named as in Hugging Face's library."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -353,9 +353,9 @@ class GPT(nn.Module):
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": LayerNorm(config.n_embd),  # f for final: x is a sum of many results, and large
+            "ln_f": LayerNorm(config.n_embd),  # f for final: scales down x, a sum of many results
         })
-        # From vectors to scores: the language model's head. (As in GPT-2, without a bias.)
+        # The output layer, from vectors to scores. (It is no attention head; no bias, as in GPT-2.)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
@@ -364,8 +364,8 @@ class GPT(nn.Module):
         self.initialize(config)
 
     def initialize(self, config):
-        """Random weights (parameters): equal ones would get equal gradients, and stay equal. Small
-        ones give almost a uniform guess. (GPT-2 has a std of 0.02, too, but 0.01 for wpe.)"""
+        """Random weights (parameters): if they were equal, the numbers of a token would stay equal.
+        Small ones give almost a uniform guess. (The 0.02 is GPT-2's; there, wpe has 0.01.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -396,7 +396,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             x = block(x, caches[i] if caches else None)
         x = x[:, -1:] if caches else x  # generation needs no more than the last token's scores
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, vocab_size)
         if targets is None:
             return logits, None
         # The loss of bigram.py. PyTorch's function takes (N, vocab_size) and (N,), with N = B * T.
@@ -417,7 +417,7 @@ def generate(model, idx, max_new_tokens, choose=sample):
     The model reads idx once, then only new tokens. When the context is full, it moves on by a token
     each time: every token in it gets another position, so all are read again, into new caches."""
     caches = []
-    model.eval()  # turns off what is for training only, such as dropout in bpe_gpt.py
+    model.eval()  # turns off what is for training only, such as dropout
     for _ in range(max_new_tokens):
         if not caches or idx.shape[1] > model.context_size:
             caches = [Cache(model.context_size) for _ in model.transformer.h]
@@ -459,8 +459,8 @@ class Optimizer:
 
 
 class Adam(Optimizer):
-    """The update of each number is m / sqrt(v), with the running means of its gradient and of the
-    gradient's square (Kingma & Ba 2015). With this kind of weight decay, it is called AdamW."""
+    """The update of each number is m / sqrt(v), with m and v the running means of its gradient and
+    the gradient's square (Kingma & Ba 2015). With this kind of weight decay, it is called AdamW."""
     n_means = 2
     beta1 = 0.9
     beta2 = 0.999
@@ -522,7 +522,7 @@ def make_optimizers(model, config):
 # ---- Training -----------------------------------------------------------------------------------
 
 # torchrun starts several processes, one per GPU, with the same model. Each computes the gradient
-# for its share of a step's rows; the sum over all is the gradient of the step, so they stay equal.
+# for its share of a step's rows; the sum over all is that of the step, so the models stay equal.
 RANK = int(os.environ.get("RANK") or 0)  # the number of this process; number 0 prints and saves
 N_PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
 
@@ -549,9 +549,9 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     # zero in a straight line: large steps to get near a minimum, small ones to settle in it.
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
-    # Dropout sets some numbers in the model to zero at random, so that it relies on none of them
-    # and overfits less. It divides the others by 1 - dropout, to keep the mean. Seed and step
-    # decide which.
+    # Dropout sets some results in the model (no parameters) to zero, at random: the model learns to
+    # rely on none of them, and overfits less. The others are divided by 1 - dropout, to keep the
+    # mean.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()  # turns dropout on; model.eval() turns it off
     model.zero_grad()
@@ -565,7 +565,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
             _, mean = model(batch_x, batch_y)
         batch_loss = mean * (batch_y != -100).sum() / n_targets  # its part of the step's mean
         batch_loss.backward()
-        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # no rows: mean is nan
+        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # no rows: nan (gradients: 0)
     if N_PROCESSES > 1:
         tensors = [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
         vector = nn.utils.parameters_to_vector(tensors)  # end to end, to be sent at once
@@ -581,11 +581,11 @@ def training_step(model, optimizers, x, y, step, config, autocast):
 
 
 def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
-    """Train from the checkpoint on to the end of the run, and save it at every evaluation."""
+    """Train from the checkpoint to the end of the run, and save a new one at every evaluation."""
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # Compiled, the model is faster, but each new shape of x takes a minute: evaluate() uses model.
+    # Compiled, the model is faster, but each new shape of x takes a minute: too slow to evaluate.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
@@ -626,13 +626,13 @@ def save(checkpoint, started, model, optimizers, path):
     step, n_read, _, val_loss = checkpoint["history"][-1]
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
-    earlier = checkpoint["history"][:-1]  # what this run has saved so far, if nobody replaced it
+    earlier = checkpoint["history"][:-1]  # the file has this, unless another run replaced it
     if earlier and os.path.exists(path):
         if load_checkpoint(path, "bigram", "char_gpt", "bpe_gpt", mmap=True)["history"] != earlier:
             path = f"{path.removesuffix('.pt')}-{os.getpid()}.pt"
             print(f"another run has replaced the checkpoint: from now on, this one saves to {path}")
     copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
-    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}  # tied: one
+    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}  # tied: 1 copy
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = weights
     checkpoint["last"] = dict(
@@ -644,7 +644,7 @@ def save(checkpoint, started, model, optimizers, path):
 
 
 def restore(last, model, optimizers):
-    """Go back to "last". Returns step, tokens read, and a start time without the break in it."""
+    """Go back to "last". Returns step, tokens read, and a start time as if without a break."""
     if last["step"] > 0:
         model.load_state_dict(last["model"])
         for optimizer, means in zip(optimizers, last["optimizers"], strict=True):
@@ -665,7 +665,7 @@ def show_cost(config, model, train_data, last):
     x, _ = train_data.training_batch(0)
     n_tokens = last["n_read"] + x.numel() * (config.max_iters - last["step"])
     passes = n_tokens * len(x) / x.numel() / train_data.n_rows
-    gigabytes = 16 * sum(p.numel() for p in model.parameters()) / 1e9  # last, best, 2 means
+    gigabytes = 4 * 4 * sum(p.numel() for p in model.parameters()) / 1e9  # last, best, 2 means
     print(f"steps {last['step']:,} to {config.max_iters:,} of about {x.numel():,} tokens: "
           f"{n_tokens:,} in all, {passes:.2g} passes through the data; "
           f"a checkpoint of at most {gigabytes:.2g} GB every {config.eval_interval} steps")
@@ -682,7 +682,7 @@ def bytes_per_token(data, tokenizer):
 
 
 def describe(loss, bytes_per_token):
-    """Loss, perplexity (the loss is that of a uniform guess among so many), bits per byte."""
+    """Loss, perplexity (a uniform guess among so many has this loss), bits per byte."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits/byte)"
 
@@ -720,13 +720,14 @@ def matrix_rate(device, dtype):
     """Operations per second in a product of two large matrices: the best of 20."""
     n = 8192 if device.type == "cuda" else 1024
     x = torch.randn(n, n, device=device, dtype=dtype)
-    seconds = timeit.repeat(lambda: (x @ x)[0, 0].item(), repeat=20, number=1)  # item() waits
+    seconds = timeit.repeat(lambda: (x @ x)[0, 0].item(), repeat=20, number=1)  # waits for the GPU
     return 2 * n**3 / min(seconds)
 
 # ---- Published weights --------------------------------------------------------------------------
 
-# This part reads files, and can be skipped. Their names are ours, or lack "transformer.". These are
-# transposed, since OpenAI's layers compute x @ weight: square ones would fit, but be wrong.
+# This part reads files, and can be skipped. The names in them are ours, or lack "transformer.". The
+# matrices below are transposed: OpenAI's layers compute x @ weight, nn.Linear x @ weight.T. (Square
+# ones would fit, but be wrong.)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 PUBLISHED = {  # revision; where it is known, the first half of model.safetensors's SHA-256
@@ -768,7 +769,7 @@ def build_model(checkpoint, config):
         if getattr(config, name) != size and (name != "block_size" or config.block_size > size):
             raise UserError(f"--{name} is {size} in this model")
     state = dict(checkpoint["model"])
-    # Published files have only wte. It is copied, in case that a model of yours does not tie them.
+    # Published files have only wte. lm_head gets a copy, in case your model does not tie the two.
     state["lm_head.weight"] = state.get("lm_head.weight", state["transformer.wte.weight"]).clone()
     wpe = state.get("transformer.wpe.weight")
     if wpe is not None:
@@ -806,7 +807,7 @@ def read_safetensors(path):
 
 # ---- Files and flags ----------------------------------------------------------------------------
 
-# The rest is not about language models. At the first reading, skip to main(), which runs it all.
+# The rest is not about language models. On a first reading, skip to main(), which runs it all.
 
 DATA = Path(__file__).resolve().parent / "data"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -1000,7 +1001,7 @@ def new_checkpoint(config, tokenizer, train_data, val_data, trained):
 
 
 def main(load_data=load_tokens, more_settings={}):
-    if hasattr(sys.stdout, "reconfigure"):  # ? for what cannot be printed; each line at once
+    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; no line waits
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
     config = GPTConfig(**flags)

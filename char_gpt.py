@@ -1,15 +1,15 @@
 """A GPT (generative pretrained transformer) on characters, small enough to train at home.
 
 bigram.py predicts the next character from the current one alone. Here each prediction can use up to
-256 characters (the small model: 128), and the model learns which of them matter. The data, the
-generation and the evaluation are the same as there; the model and its training are new.
+256 characters (the small model: 128), and the model learns which of them matter. Data, generation
+and evaluation are as they were; the model and its training are new.
 
     python char_gpt.py                # the full model on a GPU; on a CPU a small one: 3.5 minutes
     python char_gpt.py --full         # the full 6-layer, 384-wide model on a CPU too: 31 minutes
     python char_gpt.py --resume       # continue a run that was stopped
 
 The validation loss on Tiny Shakespeare, 1.1 million characters, falls from 4.2 to 1.48 (small) or
-1.42 (full). Next comes bpe_gpt.py: the same model in GPT-2's size, with parts of words as tokens.
+1.42 (full). Next comes bpe_gpt.py: the same model at GPT-2's size, with parts of words as tokens.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class GPTConfig:
     muon_learning_rate: float = 0.025  # of Muon, for the matrices in the blocks
     warmup_iters: int = 10  # steps over which the learning rates rise from zero
     weight_decay: float = 0.3  # pulls the matrices towards zero, against overfitting
-    grad_clip: float = 1.0  # greatest length of all gradients, taken as one vector; 0: no limit
+    grad_clip: float = 1.0  # limit on the length of the gradient, over all parameters; 0: none
     seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model, even where a small one is the default
     device: str = "auto"  # cuda, mps or cpu
@@ -71,7 +71,7 @@ class CharTokenizer:
         self.chars = sorted(set(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
         self.tokens = [char.encode() for char in self.chars]  # as bytes, for sample.py
-        self.end_of_text = -1  # for sample.py: no token ends a text (none is -1)
+        self.end_of_text = -1  # for sample.py: no token marks a text's end (none is -1)
 
     def encode(self, text):
         unknown = set(text) - set(self.chars)
@@ -85,8 +85,8 @@ class CharTokenizer:
 
 def split_data(data, config):
     """Train on the first 90%, validate on the rest. A model can lower its training loss simply by
-    memorizing the text (overfitting). Only text it has never seen shows what it has learned: a
-    whole piece, since it would have seen everything around single characters."""
+    memorizing the text (overfitting). Only text it has never seen shows what it has learned.
+    (It is one piece: the surroundings of scattered characters would not be new.)"""
     n = int(0.9 * len(data))
     if len(data) - n <= config.block_size:
         raise UserError(f"{len(data)} characters are too few for --block_size {config.block_size}")
@@ -121,8 +121,8 @@ def get_batch(data, config, step):
 class LayerNorm(nn.Module):
     """Shifts and scales the vector of each token to mean 0 and variance 1, however large it was.
     Then each of the C numbers is multiplied by a learned gain (weight) and a learned bias is added.
-    So the next layer gets numbers of a steady size, which the gains set. (A mean over the batch
-    would let each token see others, even later ones.) Ba, Kiros & Hinton 2016."""
+    So the next layer gets numbers of a steady size, which the gains set. (A mean over several
+    tokens would show each of them those that it has to predict.) Ba, Kiros & Hinton 2016."""
     by_hand = False  # GPT sets it to config.by_hand
     def __init__(self, n_embd):
         super().__init__()
@@ -139,9 +139,9 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """The activation function: without it, two products with matrices would amount to a single one.
-    It is max(0, x) made smooth, so that negative x get gradients, too: x * P(Z <= x), where Z is a
-    standard normal variable. The formula with tanh is very close. Hendrycks & Gimpel 2016."""
+    """An activation function: without one in between, two matrix products would amount to one. This
+    is ReLU, max(0, x), made smooth so that negative x get gradients, too: x * P(Z <= x), where Z is
+    a standard normal variable. The formula with tanh is very close. Hendrycks & Gimpel 2016."""
     by_hand = False
     def forward(self, x):
         if not self.by_hand:
@@ -167,8 +167,8 @@ def attention(q, k, v):
     q, k, v and the result are (B, n_head, T, head_size): there are n_head such tables for each
     sequence, as CausalSelfAttention explains. Vaswani et al. 2017, section 3.2.1."""
     T, head_size = q.shape[-2:]
-    # A sum of head_size independent terms around 0 is typically of the size sqrt(head_size). If not
-    # divided, such scores would push the softmax towards 0 and 1, where its gradient vanishes.
+    # A sum of n independent terms around 0 grows like sqrt(n); here, n is head_size. Without the
+    # division, large scores would push the softmax towards 0 and 1, where its gradient vanishes.
     scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T)
     # The causal mask: no token may see the ones after it, or it would see what it has to predict.
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # column <= row
@@ -209,7 +209,7 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Multi-layer perceptron. It works on each token by itself: what attention has gathered is
-    processed here. The vector in between is wider, with room for more; 4 is the usual factor."""
+    processed here. The vector between its two matrices is wider, usually by a factor of 4."""
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)  # fc for fully connected
@@ -241,7 +241,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019). Its parameters have the names of Hugging Face's library."""
+    """GPT-2 (Radford et al. 2019). Its parameters are named as in Hugging Face's library."""
     def __init__(self, config):
         super().__init__()
         self.context_size = config.block_size
@@ -249,9 +249,9 @@ class GPT(nn.Module):
             "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": LayerNorm(config.n_embd),  # f for final: x is a sum of many results, and large
+            "ln_f": LayerNorm(config.n_embd),  # f for final: scales down x, a sum of many results
         })
-        # From vectors to scores: the language model's head. (As in GPT-2, without a bias.)
+        # The output layer, from vectors to scores. (It is no attention head; no bias, as in GPT-2.)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
@@ -262,8 +262,8 @@ class GPT(nn.Module):
             module.by_hand = config.by_hand
 
     def initialize(self, config):
-        """Random weights (parameters): equal ones would get equal gradients, and stay equal. Small
-        ones give almost a uniform guess. (GPT-2 has a std of 0.02, too, but 0.01 for wpe.)"""
+        """Random weights (parameters): if they were equal, the numbers of a token would stay equal.
+        Small ones give almost a uniform guess. (The 0.02 is GPT-2's; there, wpe has 0.01.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -291,10 +291,10 @@ class GPT(nn.Module):
         # The loss of bigram.py. PyTorch's function takes (N, vocab_size) and (N,), with N = B * T.
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-# What it costs. A block has about 12 C^2 parameters, 4 C^2 in attention and 8 C^2 in the MLP. Each
-# token takes two operations for each, a multiplication and an addition, and 4 T C for attention.
-# backward() takes twice as many: for y = W x, it finds the gradients of W and of x. In memory, the
-# parameters, gradients, optimizers' means and results for backward() take 4 bytes a number.
+# What it costs. A block has about 12 C^2 parameters, 4 C^2 in attention and 8 C^2 in the MLP. Per
+# token, each takes a multiplication and an addition; scores and weighted means take 4 T C more.
+# backward() takes twice as many: for y = W x, it finds the gradients of W and of x. Parameters,
+# gradients and optimizers' means take 4 bytes a number; results for backward() 4, or 2 in bfloat16.
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -307,7 +307,7 @@ def sample(logits):
 def generate(model, idx, max_new_tokens, choose=sample):
     """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
     each new column (B, 1) as soon as it is chosen."""
-    model.eval()  # turns off what is for training only, such as dropout in bpe_gpt.py
+    model.eval()  # turns off what is for training only, such as dropout
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.context_size :])
         new = choose(logits[:, -1])  # the last position's scores are for the token to come
@@ -318,8 +318,8 @@ def generate(model, idx, max_new_tokens, choose=sample):
 
 class Optimizer:
     """What Adam and Muon have in common. Plain gradient descent has one learning rate for all, but
-    some parameters have gradients a thousand times as large as others, and one batch is noisy. So
-    update() computes each step from running means of the gradients: the latest count most. With
+    some parameters have gradients a thousand times as large as others, and one batch is noisy.
+    update() evens out running means of the gradients, in which the latest count most. With
     weight decay, each step also shrinks the parameters a little, so that only what the gradients
     keep asking for becomes large. Small tensors of equal shape are stacked: on a GPU, many small
     operations take longer than a large one."""
@@ -371,17 +371,17 @@ class Adam(Optimizer):
 
 
 def orthogonalize(x, rounds=4):
-    """Newton-Schulz iteration, for Muon; x (n, rows, columns) holds n matrices.
+    """For Muon: brings n matrices, x (n, rows, columns), nearer to orthogonal (Newton-Schulz).
 
     Every matrix X is a product U S V^T, its singular value decomposition: V^T takes the input apart
     into perpendicular directions, S multiplies each by a number s, its strength (singular value),
-    and U turns them into directions of the output. If all s are 1, X is orthogonal. The
-    strengths can be changed without knowing U and V: U^T U and V^T V are the identity, so that
-    X X^T X is U S^3 V^T, and the strengths of a X + b (X X^T) X + c (X X^T)^2 X are
-    a s + b s^3 + c s^5. With the a, b, c below (Jordan et al. 2024), a small s becomes 3.4 times as
-    large, and one from 0.2 to 1.2 gets to between 0.65 and 1.21. In four rounds, 0.1 becomes 0.340,
-    0.992, 0.707, 1.107, and 0.001 becomes 0.003, 0.012, 0.041, 0.140. Not all come near 1: in the
-    small model, 42% of them end above 0.5 in step 1, and 81% in step 81."""
+    and U turns them into directions of the output. If all s are 1, X is orthogonal. The strengths
+    can be changed without knowing U and V: U^T U and V^T V are the identity, so that X X^T X is U
+    S^3 V^T, and the strengths of a X + b (X X^T) X + c (X X^T)^2 X are a s + b s^3 + c s^5. With
+    the a, b, c below (Jordan et al. 2024), a small s becomes 3.4 times as large, and one from 0.2
+    to 1.2 gets to between 0.65 and 1.21. In four rounds, 0.1 becomes 0.340, 0.992, 0.707, 1.107,
+    and 0.001 becomes 0.003, 0.012, 0.041, 0.140. Not all come near 1: in training the small model,
+    42% end above 0.5 in step 1, and 81% in step 81."""
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT  # transposed (U and V change places): X X^T is smaller then
@@ -397,13 +397,13 @@ def orthogonalize(x, rounds=4):
 class Muon(Optimizer):
     """For matrices (Jordan et al. 2024). In the gradient of a matrix, a few directions (see above)
     are strong, and the others can be hundreds of times weaker. Muon takes the running mean of the
-    gradient and makes its directions about equally strong: the model also learns from weak ones."""
+    gradient and makes its directions more equally strong: the model also learns from weak ones."""
     n_means = 1
     momentum = 0.95
 
     def update(self, grads, means):
         m = means[0]
-        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); its length is divided out
+        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); its length will be divided out
         ahead = grads.lerp(m, self.momentum)  # as if this gradient came once more: it counts more
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
@@ -413,7 +413,7 @@ class Muon(Optimizer):
 
 
 def make_optimizers(model, config):
-    """Muon is for the matrices in the blocks. Adam has the rest, without weight decay: gains and
+    """Muon is for the matrices in the blocks, Adam (without weight decay) for the rest: gains and
     biases are not matrices, and the rows of an embedding belong to different tokens or positions,
     whose gradients should not be mixed."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
@@ -444,10 +444,10 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     # zero in a straight line: large steps to get near a minimum, small ones to settle in it.
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
-    model.train()  # as opposed to eval(). This and the seed are for dropout, which you may add.
+    model.train()  # undoes eval(). This and the seed are for dropout (random zeros), if you add it.
     torch.manual_seed(config.seed * 1_000_003 + step)
-    # Mixed precision: matrix products in bfloat16 where that is faster. It has float32's range, but
-    # fewer digits. The weights stay in float32, or rounding would swallow small updates.
+    # Mixed precision: matrix products in bfloat16, if that is faster. Unlike float16, it has the
+    # range of float32. Its digits are fewer: in weights, rounding would swallow small updates.
     with autocast:
         _, loss = model(x, y)
     model.zero_grad()
@@ -462,11 +462,11 @@ def training_step(model, optimizers, x, y, step, config, autocast):
 
 
 def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
-    """Train from the checkpoint on to the end of the run, and save it at every evaluation."""
+    """Train from the checkpoint to the end of the run, and save a new one at every evaluation."""
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # Compiled, the model is faster, but each new shape of x takes a minute: evaluate() uses model.
+    # Compiled, the model is faster, but each new shape of x takes a minute: too slow to evaluate.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
@@ -502,7 +502,7 @@ def save(checkpoint, started, model, optimizers, path):
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
     copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
-    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}  # tied: one
+    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}  # tied: 1 copy
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = weights
     checkpoint["last"] = dict(
@@ -513,7 +513,7 @@ def save(checkpoint, started, model, optimizers, path):
 
 
 def restore(last, model, optimizers):
-    """Go back to "last". Returns step, tokens read, and a start time without the break in it."""
+    """Go back to "last". Returns step, tokens read, and a start time as if without a break."""
     if last["step"] > 0:
         model.load_state_dict(last["model"])
         for optimizer, means in zip(optimizers, last["optimizers"], strict=True):
@@ -538,7 +538,7 @@ def report(checkpoint, model, tokenizer, config):
 
 # ---- Files and flags ----------------------------------------------------------------------------
 
-# The rest is not about language models. At the first reading, skip to main(), which runs it all.
+# The rest is not about language models. On a first reading, skip to main(), which runs it all.
 
 DATA = Path(__file__).resolve().parent / "data"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -631,7 +631,7 @@ def pick_dtype(name, device):
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):  # ? for what cannot be printed; each line at once
+    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; no line waits
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
     config = GPTConfig(**flags)  # for now: a CPU and a checkpoint have other defaults, see below

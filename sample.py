@@ -39,14 +39,14 @@ class SampleConfig:
     instruct: str = ""  # instruction to follow, for a model that data/instruct.py has trained
     input: str = ""  # text that the instruction refers to
     interactive: bool = False  # ask for prompts, or instructions
-    max_new_tokens: int = 500  # length of a text
+    max_new_tokens: int = 500  # limit on the length of a text
     num_samples: int = 1  # number of texts
     temperature: float = 1.0  # below 1: likely tokens become likelier; 0: always the likeliest
     top_k: int = 0  # if given, sample from the k likeliest tokens only
     top_p: float = 1.0  # sample from the likeliest tokens that together reach this probability
-    min_p: float = 0.0  # sample from tokens at least this fraction as likely as the likeliest
+    min_p: float = 0.0  # sample from tokens with at least this share of the best one's chance
     beam: int = 0  # instead of sampling, search for the likeliest text, keeping this many at a time
-    stop: str = ""  # end a text before these characters (in bash, $'\n' is a line break)
+    stop: str = ""  # end a text before this string (in bash, $'\n' is a line break)
     ignore_end: bool = False  # continue even after the model's end-of-text token
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 for a large model, if it is fast here
@@ -59,10 +59,10 @@ class SampleConfig:
 
 # ---- Sampling -----------------------------------------------------------------------------------
 
-# A text that takes the likeliest token each time soon repeats itself. Drawing from the predicted
-# distribution is true to the model, but among 50,257 tokens very many are unlikely. Together they
-# are not, and a single bad token can spoil the rest of the text. The settings below make this tail
-# of the distribution thinner, or cut it off.
+# To take the likeliest token each time (greedy decoding) soon leads to repetition. Drawing from the
+# predicted distribution is true to the model, but among 50,257 tokens very many are unlikely.
+# Together, they come up often, and a single bad token can spoil the rest of the text. The settings
+# below make this tail of the distribution thinner, or cut it off.
 
 def choose(logits, config):
     """Draw a token according to the settings: (B, vocab_size) to (B, 1). No setting cuts off the
@@ -70,7 +70,7 @@ def choose(logits, config):
     if config.temperature < 1e-9:  # the limit: all probability is on the likeliest token
         return logits.argmax(dim=-1, keepdim=True)
     logits, tokens = logits.float().sort(dim=-1, descending=True)  # the likeliest first
-    # The highest score becomes 0, or a low temperature could make it infinite. Softmax does not
+    # The highest score becomes 0: a low temperature could make it infinite. Softmax does not
     # change when the same number is subtracted from all scores.
     logits = (logits - logits[:, :1]) / config.temperature
     if config.top_k:  # a cut by rank (Fan et al. 2018)
@@ -92,8 +92,8 @@ def choose(logits, config):
 def beam_search(model, idx, max_new_tokens, width, end):
     """Search for the likeliest text that begins with idx (1, T): extend each of the `width` best
     texts by every token, keep the `width` best of the results, repeat. A text is finished by the
-    token `end`, or after max_new_tokens; the search ends when at least `width` are. Returns their
-    new tokens, the best text first. (The likeliest text is often dull and repeats itself.)
+    token `end`, or after max_new_tokens; the search ends when `width` or more are. Returns their
+    new tokens, the best text first. (The likeliest text is often dull, and repeats itself.)
 
     The score of a text is its log-probability, the sum of those of its tokens. Every token lowers
     it, so that short texts would win: finished texts are ranked by the mean over their tokens."""
@@ -213,9 +213,9 @@ def show_probs(model, tokenizer, ids):
 
 @torch.no_grad()
 def record(model, ids, modules):
-    """Run the model on ids. Returns (module, input, output) for each time one of modules ran."""
+    """Run the model on ids. Returns (module, input, output) for each run of one of modules."""
     calls = []
-    def hook(module, inputs, output):
+    def hook(module, inputs, output):  # PyTorch calls it when the module has run
         calls.append((module, inputs[0], output))
     handles = [module.register_forward_hook(hook) for module in modules]
     model(torch.tensor([ids]))
@@ -226,11 +226,12 @@ def record(model, ids, modules):
 
 @torch.no_grad()
 def attention_weights(model, ids):
-    """(n_layer, n_head, T, T): in each head, row t says how much token t attends to each token."""
+    """(n_layer, n_head, T, T): in each head, row t says how much token t attends to each token. A
+    head that finds nothing often attends to the first one, since its weights must sum to 1."""
     weights = []
     usual = F.scaled_dot_product_attention
     def recording(q, k, v, **settings):  # takes the place of this function for a while
-        # With the identity matrix as values, weights @ values is the weights themselves.
+        # With the identity matrix as values, weights @ values are the weights themselves.
         identity = torch.eye(len(ids)).expand(*v.shape[:2], -1, -1)
         weights.append(usual(q, k, identity, **settings))
         return usual(q, k, v, **settings)
@@ -270,10 +271,10 @@ def explore(model, tokenizer, ids, name, history, config):
         page[setting] = min(getattr(config, setting), 1e6)  # JSON has no infinity
     if has_attention:
         page["attention"] = (attention_weights(model, ids) * 1000).round().int().tolist()
-        # The "logit lens" (nostalgebraist 2020): what would be predicted if x were final after each
-        # block? All blocks add to the same x, so that the output layer can read it at any point.
+        # The "logit lens" (nostalgebraist 2020): what would a model that ends at a block predict?
+        # All blocks add to the same x, so that the output layer can read it at any point.
         calls = record(model, ids, model.transformer.h)
-        x = torch.cat([calls[0][1], *(output for _, _, output in calls)])  # before and after blocks
+        x = torch.cat([calls[0][1], *(output for _, _, output in calls)])  # at first; after each
         probs, tokens = model.lm_head(model.transformer.ln_f(x)).softmax(dim=-1).max(dim=-1)
         page["lens"] = {"tokens": tokens.tolist(), "probs": probs.tolist()}  # (n_layer + 1, T)
     if n_params <= 16e6:  # of a larger model, the file would be too large
@@ -301,8 +302,8 @@ def page_model(model, tokenizer, rounded):
 
 
 def show_shapes(model, ids):
-    """A line for each module that has no modules inside, except dropout, in the order in which they
-    run. Attention is a function and has no line: it comes between c_attn and c_proj."""
+    """A line for each module without modules inside, in the order in which they run; none for
+    dropout. Attention is a function and has no line: it comes between c_attn and c_proj."""
     names = {module: name for name, module in model.named_modules()}
     leaves = [m for m in names if not list(m.children()) and not isinstance(m, torch.nn.Dropout)]
     counted = set()  # the parameters so far, since lm_head has the same as wte
@@ -418,7 +419,7 @@ def typed_lines():
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):  # ? for what cannot be printed; each line at once
+    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; no line waits
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(SampleConfig)
     names = flags.pop("models") or sorted(glob.glob("out/*.pt"), key=os.path.getmtime)[-1:]
