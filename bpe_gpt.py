@@ -80,7 +80,7 @@ CPU_SETTINGS = dict(  # on anything but a CUDA GPU: a smaller model, 5.5 minutes
 # et al. 2020); Muon's rate and decay as in modded-nanogpt; what is read once needs no dropout.
 FOLDER_SETTINGS = dict(
     vocab_size=50257, dropout=0.0, batch_size=32, total_batch_size=2**19, eval_interval=250,
-    learning_rate=0.003, muon_learning_rate=0.02, weight_decay=0.01, warmup_iters=100)
+    learning_rate=0.003, muon_learning_rate=0.02, weight_decay=0.01)
 # A few small steps, so that GPT-2 keeps what it knows. (No Muon: it makes all directions large.)
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
@@ -132,7 +132,7 @@ def train_bpe(text, vocab_size):
         if pair_counts[pair] != -count:  # out of date
             continue
         starts = find_pair(ids, pair)
-        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # each once; before 0: a -1
+        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # each once; -1 is an end
         ids[starts] = len(tokens)
         ids = np.delete(ids, starts + 1)
         times = np.delete(times, starts + 1)
@@ -197,8 +197,7 @@ def gpt2_tokenizer():
 # ---- Data ---------------------------------------------------------------------------------------
 
 class TextData:
-    """An array of tokens, cut into windows of block_size tokens, or fewer if it is shorter. The
-    inputs x and targets y that training_batch() returns depend only on seed and step."""
+    """Tokens, in batches of windows of block_size tokens, which depend only on seed and step."""
     prompts = ["\n"]  # what report() lets the model continue
     max_evaluated = 1_000_000  # tokens, or a few more
     def __init__(self, tokens, config):
@@ -361,7 +360,7 @@ class GPT(nn.Module):
         # the vector of token i. At the output, the score of token i is the dot product of row i and
         # x, which is large if x points the same way. What is learned at one end helps at the other.
         self.lm_head.weight = self.transformer.wte.weight
-        self.initialize(config)
+        self.initialize(config)  # all of them, whatever a module has set
 
     def initialize(self, config):
         """Random weights (parameters): if they were equal, the numbers of a token would stay equal.
@@ -549,9 +548,8 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     # zero in a straight line: large steps to get near a minimum, small ones to settle in it.
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
-    # Dropout sets some results in the model (no parameters) to zero, at random: the model learns to
-    # rely on none of them, and overfits less. The others are divided by 1 - dropout, to keep the
-    # mean.
+    # Dropout sets some results in the model (no parameters) to zero, at random: it relies on none
+    # of them then, and overfits less. The others are divided by 1 - dropout, to keep the mean.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()  # turns dropout on; model.eval() turns it off
     model.zero_grad()
@@ -663,7 +661,7 @@ def write_log(log, path):
 def show_cost(config, model, train_data, last):
     """What the run will take, before it begins."""
     x, _ = train_data.training_batch(0)
-    n_tokens = last["n_read"] + x.numel() * (config.max_iters - last["step"])
+    n_tokens = last["n_read"] + x.numel() * max(0, config.max_iters - last["step"])
     passes = n_tokens * len(x) / x.numel() / train_data.n_rows
     gigabytes = 4 * 4 * sum(p.numel() for p in model.parameters()) / 1e9  # last, best, 2 means
     print(f"steps {last['step']:,} to {config.max_iters:,} of about {x.numel():,} tokens: "
@@ -771,15 +769,15 @@ def build_model(checkpoint, config):
     state = dict(checkpoint["model"])
     # Published files have only wte. lm_head gets a copy, in case your model does not tie the two.
     state["lm_head.weight"] = state.get("lm_head.weight", state["transformer.wte.weight"]).clone()
-    wpe = state.get("transformer.wpe.weight")
-    if wpe is not None:
-        state["transformer.wpe.weight"] = wpe[: config.block_size].clone()
+    if "transformer.wpe.weight" in state:
+        state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: config.block_size]
     with torch.device("meta"):  # without memory: the tensors of state replace all parameters
         model = GPT(config)
-    is_tied = model.lm_head.weight is model.transformer.wte.weight
+    loaded = {}  # what has several names, as wte and lm_head, must stay a single parameter
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name in state:
+            state[name] = loaded.setdefault(p, nn.Parameter(state[name]))
     model.load_state_dict(state, assign=True)
-    if is_tied:
-        model.lm_head.weight = model.transformer.wte.weight
     return model
 
 
@@ -951,6 +949,7 @@ def choose_settings(flags, device, resumed, trained, more_settings={}):
         n_tokens = os.path.getsize(f"{given.data}/train.bin") // 2  # of two bytes each
         per_step = (settings | flags)["total_batch_size"]
         settings["max_iters"] = max(1, n_tokens // per_step)  # so that all of it is read once
+        settings["warmup_iters"] = min(100, settings["max_iters"] // 10)
     if given.init:
         settings |= FINE_TUNING_SETTINGS
     settings |= more_settings

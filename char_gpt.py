@@ -257,7 +257,7 @@ class GPT(nn.Module):
         # the vector of token i. At the output, the score of token i is the dot product of row i and
         # x, which is large if x points the same way. What is learned at one end helps at the other.
         self.lm_head.weight = self.transformer.wte.weight
-        self.initialize(config)
+        self.initialize(config)  # all of them, whatever a module has set
         for module in self.modules():
             module.by_hand = config.by_hand
 

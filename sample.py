@@ -237,6 +237,8 @@ def attention_weights(model, ids):
         return usual(q, k, v, **settings)
     with mock.patch.object(F, "scaled_dot_product_attention", recording):
         model(torch.tensor([ids]))
+    if len(weights) != len(model.transformer.h):
+        raise UserError("attention is seen only where a block calls scaled_dot_product_attention")
     return torch.cat(weights)
 
 
@@ -250,8 +252,8 @@ def explore(model, tokenizer, ids, name, history, config):
     n_params = sum(p.numel() for p in model.parameters())
     about = f"{n_params:,} parameters"
     if history:
-        step, _, _, loss = min(history, key=lambda entry: entry[3])
-        about += f", validation loss {loss:.4f} nats after {step:,} steps"
+        best = min(history, key=lambda row: row[3]) if has_attention else history[-1]  # as saved
+        about += f", validation loss {best[3]:.4f} nats after {best[0]:,} steps"
     log_probs = next_log_probs(model, torch.tensor([ids]))  # (T, vocab_size)
     if not all(numbers.isfinite().all() for numbers in [log_probs, *model.parameters()]):
         raise UserError(f"{name} has weights that are nan or too large: train it again")
@@ -396,8 +398,6 @@ def parse_flags(Config):
         raise UserError("only --curve takes several models")
     if "explore" in flags and not flags.get("plot", ".html").endswith(".html"):
         raise UserError(f"--plot {flags['plot']}: the name of a page must end in .html")
-    if "" in [flags[name] for name in looks]:
-        raise UserError(f"--{looks[0]} needs a text")
     for name in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "num_samples"):
         if not flags.get(name, 0) >= 0:  # (`< 0` would let nan pass)
             raise UserError(f"--{name} must not be negative")

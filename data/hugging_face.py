@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -43,6 +44,7 @@ BYTE = {letter: byte for byte, letter in LETTER.items()}
 # The files of a tokenizer that are read here. Others with such names may be a vocabulary, too.
 TOKENIZER_FILES = {"vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
                    "added_tokens.json", "special_tokens_map.json"}
+GPT2_WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CHANGE_TOKENS = ("add_prefix_space", "add_bos_token", "add_eos_token", "split_special_tokens")
 OTHER_FILES = r"vocab|merges|token|encoder|spiece|sentencepiece|^(bpe|dict)\.|\.(model|spm)$"
 
@@ -65,6 +67,7 @@ def read_folder(folder):
         tokens = read_vocabulary(Path(folder))
         text_before = config.get("text_before", bpe_gpt.END_OF_TEXT)  # written by export()
         check_text_before(text_before, tokens or [b"\n", bpe_gpt.END_OF_TEXT.encode()])
+        templates = [str(template) for template in config.get("templates", [])]  # also
         state = read_weights(Path(folder) / "model.safetensors", sizes, tokens)
     except (OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
@@ -72,7 +75,7 @@ def read_folder(folder):
         raise UserError(f"cannot load {folder}: {kind}{reason:.300}") from None
     sizes["vocab_size"] = len(state["transformer.wte.weight"])
     return dict(written_by="bpe_gpt", config=sizes, vocab=tokens, text_before=text_before,
-                history=[], model=state)
+                templates=templates, history=[], model=state)
 
 
 def read_json(path):
@@ -308,22 +311,63 @@ def merges_of(tokens):
 
 # ---- Writing ------------------------------------------------------------------------------------
 
-def export(model, tokenizer, folder, text_before=bpe_gpt.END_OF_TEXT):
+def export(model, tokenizer, folder, text_before=bpe_gpt.END_OF_TEXT, templates=()):
     """Write a GPT, its tokenizer and what came before each text in training to the folder. Raises
     UserError if something is in it: other files, such as an older vocabulary, might be taken for
     parts of this model."""
     folder = Path(folder)
-    C, T = model.config.n_embd, model.config.block_size
-    n_params = model.config.n_layer * (12 * C**2 + 13 * C) + (model.config.vocab_size + T + 2) * C
-    if sum(p.numel() for p in model.parameters()) != n_params:
-        raise UserError("this model is not built like GPT-2, and cannot be written as one")
+    check_is_gpt2(model)
     check_text_before(text_before, tokenizer.tokens)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_vocabulary(tokenizer, folder)
     write_weights(model, folder / "model.safetensors")
-    write_config(model, tokenizer, text_before, folder / "config.json")
+    more = dict(text_before=text_before, templates=templates)  # transformers ignores these
+    write_config(model, tokenizer, more, folder / "config.json")
+
+
+@torch.no_grad()
+def check_is_gpt2(model):
+    """Raises UserError if a model, which somebody may have changed, has other parameters than
+    GPT-2, or computes something else from them; or if texts are cut into other words."""
+    if bpe_gpt.WORDS != GPT2_WORDS:
+        raise UserError("WORDS in bpe_gpt.py is not GPT-2's: others would make other tokens")
+    C, T = model.config.n_embd, model.config.block_size
+    n_params = model.config.n_layer * (12 * C**2 + 13 * C) + (model.config.vocab_size + T + 2) * C
+    is_gpt2 = sum(p.numel() for p in model.parameters()) == n_params
+    if is_gpt2:
+        device = model.lm_head.weight.device
+        ids = torch.randint(model.config.vocab_size, (min(T, 100),), device=device)
+        ours, _ = model.eval()(ids.unsqueeze(0))
+        theirs = gpt2_logits(model, ids)
+        is_gpt2 = (ours[0] - theirs).abs().max() < 1e-3 * theirs.std()
+    if not is_gpt2:
+        raise UserError("this model is not built like GPT-2, and cannot be written as one")
+
+
+def gpt2_logits(model, ids):
+    """What GPT-2 computes from tokens ids (T,) with the parameters of model: (T, vocab_size)."""
+    p = {name: parameter.float() for name, parameter in model.named_parameters()}
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
+
+    def linear(x, name):
+        return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
+
+    x = p["transformer.wte.weight"][ids] + p["transformer.wpe.weight"][: len(ids)]  # (T, C)
+    future = torch.ones(len(ids), len(ids), dtype=torch.bool, device=ids.device).triu(1)
+    for i in range(model.config.n_layer):
+        block = f"transformer.h.{i}"
+        qkv = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn")
+        q, k, v = qkv.unflatten(1, (3, model.config.n_head, -1)).permute(1, 2, 0, 3)
+        scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(future, -torch.inf)
+        y = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)  # (T, C)
+        x = x + linear(y, f"{block}.attn.c_proj")
+        y = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
+        x = x + linear(F.gelu(y, approximate="tanh"), f"{block}.mlp.c_proj")
+    return norm(x, "transformer.ln_f") @ p["transformer.wte.weight"].T
 
 
 def write_weights(model, path):
@@ -346,12 +390,12 @@ def write_weights(model, path):
         file.writelines(arrays)
 
 
-def write_config(model, tokenizer, text_before, path):
+def write_config(model, tokenizer, more, path):
     config = {name: getattr(model.config, name) for name in bpe_gpt.SIZE_NAMES}
     config["n_positions"] = config.pop("block_size")
     config |= {name: value for name, value in SUPPORTED.items() if value is not None}
     config |= dict(n_inner=None, bos_token_id=tokenizer.end_of_text,
-                   eos_token_id=tokenizer.end_of_text, text_before=text_before)
+                   eos_token_id=tokenizer.end_of_text, **more)
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
@@ -385,7 +429,8 @@ def main():
         checkpoint = bpe_gpt.load_pretrained(args.source)
         tokenizer = bpe_gpt.BPETokenizer(checkpoint["vocab"])
         model = bpe_gpt.GPT.from_pretrained(args.source)
-        export(model, tokenizer, args.target, checkpoint["text_before"])
+        templates = checkpoint.get("templates", [])
+        export(model, tokenizer, args.target, checkpoint["text_before"], templates)
     print(f"saved {args.target}")
 
 

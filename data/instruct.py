@@ -104,7 +104,7 @@ def read_records(path):
 
 def as_text(value):
     """A field as text. It may be null, or a number or a list, which is written as in JSON."""
-    if value is None:
+    if value is None or value != value:  # pandas writes a missing field as NaN
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
@@ -148,7 +148,7 @@ def load_instructions(config, tokenizer):
         raise UserError("too few records: there must be at least ten")
     if not train_data.rows or not val_data.rows:
         raise UserError(f"the records have up to {train_data.longest} tokens, and this model reads "
-                        f"{config.block_size}: fine-tune another, or none (without --init)")
+                        f"{config.block_size}: give another --init, or none and a --block_size")
     return train_data, val_data, tokenizer
 
 

@@ -814,6 +814,9 @@ def test_a_folder_has_settings_of_its_own_for_one_pass_through_the_data(tmp_path
     small = settings_for("data", data)
     assert (small.n_layer, small.n_embd, small.vocab_size) == (4, 128, 50257)
     assert small.dropout == 0 and small.max_iters == 1_200_000 // small.total_batch_size > 50
+    assert small.warmup_iters == small.max_iters // 10, "or a small folder would never be learned"
+    long = settings_for("data", data, "total_batch_size", 512)
+    assert long.max_iters > 2000 and long.warmup_iters == 100
     mine = settings_for("data", data, "total_batch_size", 4096, "dropout", 0.1)
     assert mine.max_iters == 292 and mine.dropout == 0.1, "flags count most"
     assert settings_for("data", data, "max_iters", 7).max_iters == 7
@@ -838,6 +841,8 @@ def test_what_a_run_will_take_is_printed_before_it_begins(capsys):
     assert capsys.readouterr().out == (
         f"steps 12 to 37 of about 160 tokens: 7,840 in all, {490 / 61:.2g} passes through the data; "
         f"a checkpoint of at most {16 * n / 1e9:.2g} GB every 10 steps\n")
+    bpe_gpt.show_cost(config, model, data, dict(step=40, n_read=6400))  # nothing is left to do
+    assert "6,400 in all" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_not_larger_than_it_was_said_to_be(command, tmp_path, capsys):
@@ -930,6 +935,22 @@ def test_two_ends_that_a_reader_unties_are_tuned_apart():
             model = bpe_gpt.build_model(dict(config=vars(config), model=state), config)
         ends = model.lm_head.weight, model.transformer.wte.weight
         assert torch.equal(*ends) and ends[0].data_ptr() != ends[1].data_ptr()
+
+
+def test_a_matrix_that_a_reader_shares_between_blocks_stays_a_single_parameter():
+    class Shared(GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.transformer.h[1].mlp.c_fc.weight = self.transformer.h[0].mlp.c_fc.weight
+
+    config = GPTConfig(**SMALL)
+    trained = Shared(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe_gpt, "GPT", Shared)
+        model = bpe_gpt.build_model(dict(config=vars(config), model=trained.state_dict()), config)
+    first, second = [block.mlp.c_fc.weight for block in model.transformer.h[:2]]
+    assert first is second and model.lm_head.weight is model.transformer.wte.weight
+    assert len(list(model.parameters())) == len(list(trained.parameters()))
 
 
 def test_the_latest_weights_are_saved_once_if_they_are_the_best(command, tmp_path):

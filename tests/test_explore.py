@@ -20,6 +20,7 @@ from test_sample import chances, tiny
 import bpe_gpt
 import char_gpt
 import sample
+from bigram import BigramConfig, BigramLanguageModel
 from char_gpt import CharTokenizer
 from sample import SampleConfig, load_model
 
@@ -155,6 +156,17 @@ def test_each_layer_says_what_a_model_that_stops_there_predicts(explore, script)
 def test_a_bigram_has_no_attention_and_no_layers(explore):
     _, data = explore("bigram")
     assert "attention" not in data and "lens" not in data
+
+
+@pytest.mark.parametrize(
+    "name, loss", [("bigram", "2.7000 nats after 3,000"), ("gpt", "2.5000 nats after 2,000")])
+def test_the_loss_on_the_page_is_that_of_the_weights_that_were_saved(name, loss, tmp_path):
+    """bigram.py saves the last table, the others the best weights."""
+    torch.manual_seed(0)
+    model = BigramLanguageModel(BigramConfig(5)) if name == "bigram" else tiny(char_gpt)
+    history = [(1000, 1, 3.0, 2.9), (2000, 2, 3.0, 2.5), (3000, 3, 3.0, 2.7)]
+    sample.explore(model, Numbers(5), [0, 1], "x", history, SampleConfig(plot=tmp_path / "x.html"))
+    assert f"validation loss {loss} steps" in read_page(tmp_path / "x.html")[1]["about"]
 
 
 def test_spaces_line_breaks_and_bytes_can_be_seen(explore):

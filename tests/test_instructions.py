@@ -200,7 +200,9 @@ def test_records_without_an_output_are_skipped(tmp_path):
 def test_an_input_may_be_null_and_an_answer_no_text(tmp_path):
     """It is written as in JSON; the answers 0 and false are answers."""
     outputs = [3, 0, -1.5, True, False, ["ä", 1], None]
+    outputs.append(float("nan"))  # as pandas writes a missing field
     records = [{"instruction": "x", "input": None, "output": output} for output in outputs]
+    records[0]["input"] = float("nan")
     (tmp_path / "x.json").write_text(json.dumps(records), encoding="utf-8-sig")  # as Windows does
     expected = [{"instruction": "x", "input": "", "output": text}
                 for text in ("3", "0", "-1.5", "true", "false", '["ä", 1]')]
@@ -361,7 +363,7 @@ def test_sample_py_answers_only_with_a_model_that_was_taught(clone):
 def test_a_small_context_is_named_with_the_way_out(clone):
     flags = "--init", "out/bpe_gpt.pt", "--out", "out/x.pt", "--data", ROOT / "data/instructions.json"
     error = one_line_error(SCRIPT, *flags, cwd=clone)
-    assert "tokens, and this model reads 32: fine-tune another, or none" in error
+    assert "tokens, and this model reads 32: give another --init, or none" in error
 
 
 def test_a_run_on_instructions_is_resumed(taught):

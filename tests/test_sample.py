@@ -19,7 +19,7 @@ import bpe_gpt
 import char_gpt
 import sample
 from bigram import BigramConfig, BigramLanguageModel
-from sample import SampleConfig, beam_search, choose, load_model
+from sample import SampleConfig, UserError, beam_search, choose, load_model
 
 SCRIPTS = ["bigram", "char_gpt", "bpe_gpt"]
 GPTS = pytest.mark.parametrize("script", [char_gpt, bpe_gpt], ids=lambda script: script.__name__)
@@ -258,6 +258,13 @@ def test_the_attention_shown_is_that_of_a_readers_own_mask():
     weights = sample.attention_weights(model, [1, 3, 0, 2, 4])
     assert torch.allclose(weights.sum(-1), torch.ones(2, 2, 5))
     assert torch.equal(weights > 0, WINDOW[:5, :5].expand(2, 2, 5, 5))
+
+
+def test_attention_that_a_reader_computes_in_another_way_is_not_shown_in_part():
+    model = tiny(char_gpt)
+    model.transformer.h[0].attn.by_hand = True
+    with pytest.raises(UserError, match="only where a block calls scaled_dot_product_attention"):
+        sample.attention_weights(model, [1, 3])
 
 
 def test_attention_is_pytorchs_again_after_a_look_inside_and_after_an_error():
@@ -511,7 +518,6 @@ MISTAKES = [
     (["half.pt"], "half.pt is missing, damaged"),
     (["out/bigram.pt", "out/char_gpt.pt"], "only --curve takes several models"),
     (["--probs", "The", "--explore", "sea"], "--probs and --explore: one at a time"),
-    (["--explore", ""], "--explore needs a text"),
     (["--beam", "3", "--temperature", "0.5"], "--temperature has no effect"),
     (["--beam", "2", "--num_samples", "3"], "--beam 2 finds 2 texts"),
     (["--device", "cuda"], "no such device"),

@@ -19,7 +19,7 @@ import torch
 from conftest import PLAY, ROOT, hugging_face, needs_gpt2_tokenizer, one_line_error, run
 
 import bpe_gpt
-from bpe_gpt import GPT, GPTConfig, find_weights
+from bpe_gpt import GPT, GPTConfig, UserError, find_weights
 
 SCRIPT = ROOT / "data" / "hugging_face.py"
 
@@ -401,7 +401,7 @@ def test_the_other_files_of_published_models_are_no_vocabulary(tmp_path, tokeniz
 @pytest.mark.parametrize(
     "n_rows, fits", [(50257, True), (50304, True), (50256, False), (60000, False)])
 def test_gpt2s_vocabulary_takes_the_place_of_none_if_the_size_is_right(tmp_path, n_rows, fits):
-    sizes = dict(n_layer=1, n_head=1, n_embd=1, vocab_size=n_rows, block_size=4)
+    sizes = dict(n_layer=1, n_head=1, n_embd=4, vocab_size=n_rows, block_size=4)
     hugging_face.export(GPT(GPTConfig(**sizes)), bpe_gpt.train_bpe("", 257), tmp_path / "model")
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / "model" / name).unlink()
@@ -415,6 +415,40 @@ def test_gpt2s_vocabulary_takes_the_place_of_none_if_the_size_is_right(tmp_path,
         error = one_line_error(SCRIPT, "model", "x.pt", cwd=tmp_path)
         assert "model has no vocabulary, and its size is not GPT-2's" in error
         assert not (tmp_path / "x.pt").exists()
+
+
+
+class PostNorm(bpe_gpt.Block):
+    def forward(self, x, cache=None):
+        x = self.ln_1(x + self.attn(x, cache))
+        return self.ln_2(x + self.mlp(x))
+
+
+@pytest.mark.parametrize("name, change", [
+    ("GELU", torch.nn.ReLU), ("Block", PostNorm), ("WORDS", r"[^\n]+|\n+")])
+def test_a_model_that_is_not_gpt2_any_more_is_not_exported_as_one(
+    name, change, tmp_path, tokenizer, monkeypatch
+):
+    sizes = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=len(tokenizer.tokens), block_size=8)
+    monkeypatch.setattr(bpe_gpt, name, change)
+    with pytest.raises(UserError, match="not built like GPT-2|is not GPT-2's"):
+        hugging_face.export(GPT(GPTConfig(**sizes)), tokenizer, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_prompts_of_a_model_for_instructions_survive_the_way_there_and_back(tmp_path, tokenizer):
+    sizes = dict(n_layer=1, n_head=1, n_embd=8, vocab_size=len(tokenizer.tokens), block_size=8)
+    config = GPTConfig(**sizes)
+    checkpoint = dict(
+        written_by="bpe_gpt", config=vars(config), vocab=tokenizer.tokens, text_before="\n",
+        templates=["Do {instruction}:", "Do {instruction} with {input}:"],
+        model=GPT(config).state_dict())
+    torch.save(checkpoint, tmp_path / "x.pt")
+    run(SCRIPT, "x.pt", "folder", cwd=tmp_path)
+    run(SCRIPT, "folder", "back.pt", cwd=tmp_path)
+    back = bpe_gpt.load_pretrained(tmp_path / "back.pt")
+    assert back["templates"] == checkpoint["templates"] and back["text_before"] == "\n"
+
 
 def test_a_vocabulary_without_all_bytes_is_refused(tmp_path, tokenizer):
     """It could not write every text."""
