@@ -9,7 +9,7 @@ The flags are those of bpe_gpt.py. The file has a list of records, like Stanford
 al. 2023): [{"instruction": "Name the opposite.", "input": "heavy", "output": "light"}, ...].
 
 A small model that has read nothing else learns the form of an answer from those records, but knows
-too little. It can learn small tasks, such as these, in about 6.5 minutes on two CPU cores:
+too little. It can learn small tasks, such as these, in about 5 minutes on two CPU cores:
 
     import json, re
     text = open("data/tinyshakespeare.txt", encoding="utf-8").read()
@@ -24,8 +24,8 @@ too little. It can learn small tasks, such as these, in about 6.5 minutes on two
         --total_batch_size 2560 --max_iters 1500 --eval_interval 500 --out out/words.pt
     python sample.py out/words.pt --instruct "Spell the word." --input dragon --temperature 0
 
-Of 50 words that it has never seen, such as this one, it spells 45, writes 41 in capital letters and
-33 twice, and names the first letter of all 50, without a mistake.
+Of 500 words that it has never seen, such as this one, it spells 399, writes 359 in capital letters
+and 378 twice, and names the first letter of 497, without a mistake.
 """
 
 import hashlib
