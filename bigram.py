@@ -284,7 +284,7 @@ def parse_flags(Config):
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; no line waits
+    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; lines come at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     config = BigramConfig(**parse_flags(BigramConfig))
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # so that an error comes at once

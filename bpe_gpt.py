@@ -360,10 +360,10 @@ class GPT(nn.Module):
         # the vector of token i. At the output, the score of token i is the dot product of row i and
         # x, which is large if x points the same way. What is learned at one end helps at the other.
         self.lm_head.weight = self.transformer.wte.weight
-        self.initialize(config)  # all of them, whatever a module has set
+        self.initialize(config)  # all parameters, whatever their modules have set
 
     def initialize(self, config):
-        """Random weights (parameters): if they were equal, the numbers of a token would stay equal.
+        """Random weights (parameters): if they were equal, a token's numbers would stay equal.
         Small ones give almost a uniform guess. (The 0.02 is GPT-2's; there, wpe has 0.01.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -1000,7 +1000,7 @@ def new_checkpoint(config, tokenizer, train_data, val_data, trained):
 
 
 def main(load_data=load_tokens, more_settings={}):
-    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; no line waits
+    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; lines come at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
     config = GPTConfig(**flags)

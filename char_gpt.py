@@ -257,12 +257,12 @@ class GPT(nn.Module):
         # the vector of token i. At the output, the score of token i is the dot product of row i and
         # x, which is large if x points the same way. What is learned at one end helps at the other.
         self.lm_head.weight = self.transformer.wte.weight
-        self.initialize(config)  # all of them, whatever a module has set
+        self.initialize(config)  # all parameters, whatever their modules have set
         for module in self.modules():
             module.by_hand = config.by_hand
 
     def initialize(self, config):
-        """Random weights (parameters): if they were equal, the numbers of a token would stay equal.
+        """Random weights (parameters): if they were equal, a token's numbers would stay equal.
         Small ones give almost a uniform guess. (The 0.02 is GPT-2's; there, wpe has 0.01.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -318,11 +318,11 @@ def generate(model, idx, max_new_tokens, choose=sample):
 
 class Optimizer:
     """What Adam and Muon have in common. Plain gradient descent has one learning rate for all, but
-    some parameters have gradients a thousand times as large as others, and one batch is noisy.
-    update() evens out running means of the gradients, in which the latest count most. With
-    weight decay, each step also shrinks the parameters a little, so that only what the gradients
-    keep asking for becomes large. Small tensors of equal shape are stacked: on a GPU, many small
-    operations take longer than a large one."""
+    some parameters have gradients a thousand times as large as others, and one batch is noisy. So
+    update() takes running means of the gradients, in which the latest count most, and scales them
+    to similar sizes. With weight decay, each step also shrinks the parameters a little, so that
+    only what the gradients keep asking for becomes large. Small tensors of equal shape are stacked:
+    on a GPU, many small operations take longer than a large one."""
     def __init__(self, params, learning_rate, weight_decay=0.0):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -631,7 +631,7 @@ def pick_dtype(name, device):
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; no line waits
+    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; lines come at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
     config = GPTConfig(**flags)  # for now: a CPU and a checkpoint have other defaults, see below

@@ -44,7 +44,7 @@ class SampleConfig:
     temperature: float = 1.0  # below 1: likely tokens become likelier; 0: always the likeliest
     top_k: int = 0  # if given, sample from the k likeliest tokens only
     top_p: float = 1.0  # sample from the likeliest tokens that together reach this probability
-    min_p: float = 0.0  # sample from tokens with at least this share of the best one's chance
+    min_p: float = 0.0  # sample from tokens with at least this fraction of the top probability
     beam: int = 0  # instead of sampling, search for the likeliest text, keeping this many at a time
     stop: str = ""  # end a text before this string (in bash, $'\n' is a line break)
     ignore_end: bool = False  # continue even after the model's end-of-text token
@@ -213,7 +213,7 @@ def show_probs(model, tokenizer, ids):
 
 @torch.no_grad()
 def record(model, ids, modules):
-    """Run the model on ids. Returns (module, input, output) for each run of one of modules."""
+    """Run the model on ids. Returns (module, input, output) each time that one of modules runs."""
     calls = []
     def hook(module, inputs, output):  # PyTorch calls it when the module has run
         calls.append((module, inputs[0], output))
@@ -419,7 +419,7 @@ def typed_lines():
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; no line waits
+    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; lines come at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(SampleConfig)
     names = flags.pop("models") or sorted(glob.glob("out/*.pt"), key=os.path.getmtime)[-1:]
