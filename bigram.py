@@ -63,7 +63,7 @@ class CharTokenizer:
 def split_data(data, config):
     """Train on the first 90%, validate on the rest. A model can lower its training loss simply by
     memorizing the text (overfitting). Only text it has never seen shows what it has learned.
-    (It is one piece: the surroundings of scattered characters would not be new.)"""
+    (These 10% are one piece: text around scattered characters would not be new.)"""
     n = int(0.9 * len(data))
     if len(data) - n <= config.block_size:
         raise UserError(f"{len(data)} characters are too few for --block_size {config.block_size}")
@@ -81,7 +81,7 @@ def get_batch(data, config, step):
     B = config.batch_size
     T = config.block_size
     n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
-    steps_per_epoch = max(1, n_windows // B)  # windows that do not fill a batch are left out
+    steps_per_epoch = max(1, n_windows // B)  # a last batch that is not full is left out
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))  # separate from PyTorch's random numbers
     offset = rng.integers(len(data) - n_windows * T)  # at random, as long as the last window fits
@@ -155,7 +155,7 @@ def sample(logits):
 def generate(model, idx, max_new_tokens, choose=sample):
     """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
     each new column (B, 1) as soon as it is chosen."""
-    model.eval()  # turns off what is for training only, such as dropout
+    model.eval()  # turns off what only training uses, if anything
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.context_size :])
         new = choose(logits[:, -1])  # the last position's scores are for the token to come

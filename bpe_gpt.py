@@ -45,7 +45,7 @@ class GPTConfig:
     n_head: int = 12  # attention heads per block; must divide n_embd
     n_embd: int = 768  # width: how many numbers represent a token inside the model
     block_size: int = 1024  # context: how many tokens the model can look at
-    dropout: float = 0.1  # fraction of what each block adds that a step sets to zero
+    dropout: float = 0.1  # fraction of embeddings and blocks' results set to zero in a step
     init: str = ""  # fine-tune gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a checkpoint
     batch_size: int = 16  # sequences that go through the model at once: lower it to save memory
     total_batch_size: int = 16384  # tokens per step, in total_batch_size // block_size rows
@@ -81,7 +81,8 @@ CPU_SETTINGS = dict(  # on anything but a CUDA GPU: a smaller model, 5.5 minutes
 FOLDER_SETTINGS = dict(
     vocab_size=50257, dropout=0.0, batch_size=32, total_batch_size=2**19, eval_interval=250,
     learning_rate=0.003, muon_learning_rate=0.02, weight_decay=0.01)
-# A few small steps, so that GPT-2 keeps what it knows. (No Muon: it makes all directions large.)
+# A few small steps, so that GPT-2 keeps what it knows: a small text could not teach it English.
+# (No Muon: it makes all directions large.)
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
     muon_learning_rate=0.0, warmup_iters=5)
@@ -132,7 +133,7 @@ def train_bpe(text, vocab_size):
         if pair_counts[pair] != -count:  # out of date
             continue
         starts = find_pair(ids, pair)
-        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # each once; -1 is an end
+        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # each once; ids[-1]: -1
         ids[starts] = len(tokens)
         ids = np.delete(ids, starts + 1)
         times = np.delete(times, starts + 1)
@@ -170,7 +171,7 @@ def encode_word(word, ranks):
 
 class BPETokenizer:
     """A tokenizer for a list of tokens, as bytes, with the methods of CharTokenizer. It needs no
-    list of merges: the tokens' order is one. tiktoken does what encode_word() shows, but faster."""
+    list of merges: encode_word() shows why. tiktoken does the same, but faster."""
     def __init__(self, tokens):
         self.tokens = tokens
         ranks = {token: i for i, token in enumerate(tokens)}
@@ -233,7 +234,7 @@ class TextData:
 
 def pick_rows(n_rows, step, config):
     """The epoch of a step, and the numbers of its rows. In an epoch, each of the n_rows rows comes
-    once, in random order. A step takes n, at least one per process; a remainder is left out."""
+    once, in random order. A step takes n, or all if they are fewer; a remainder is left out."""
     n = max(N_PROCESSES, config.total_batch_size // config.block_size)  # rows per step
     steps_per_epoch = max(1, n_rows // n)
     epoch, i = divmod(step, steps_per_epoch)
@@ -352,18 +353,18 @@ class GPT(nn.Module):
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": LayerNorm(config.n_embd),  # f for final: scales down x, a sum of many results
+            "ln_f": LayerNorm(config.n_embd),  # f for final: rescales x, a sum of many results
         })
-        # The output layer, from vectors to scores. (It is no attention head; no bias, as in GPT-2.)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # The output layer, from vectors to scores. (lm: language model; it is no attention head.)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # as in GPT-2
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
         # x, which is large if x points the same way. What is learned at one end helps at the other.
         self.lm_head.weight = self.transformer.wte.weight
-        self.initialize(config)  # all parameters, whatever their modules have set
+        self.initialize(config)  # matrices and biases, whatever their modules have set
 
     def initialize(self, config):
-        """Random weights (parameters): if they were equal, a token's numbers would stay equal.
+        """Random weights (parameters): were they equal, all C numbers of a token would be.
         Small ones give almost a uniform guess. (The 0.02 is GPT-2's; there, wpe has 0.01.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -388,7 +389,7 @@ class GPT(nn.Module):
         start = caches[0].length if caches else 0
         if start + T > self.context_size:
             raise UserError(f"{start + T} tokens do not fit into a context of {self.context_size}")
-        assert start == 0 or T == 1, "caches that are not empty take one token at a time"
+        assert start == 0 or T == 1, "the causal mask, for T > 1, needs empty caches"
         positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
@@ -416,7 +417,7 @@ def generate(model, idx, max_new_tokens, choose=sample):
     The model reads idx once, then only new tokens. When the context is full, it moves on by a token
     each time: every token in it gets another position, so all are read again, into new caches."""
     caches = []
-    model.eval()  # turns off what is for training only, such as dropout
+    model.eval()  # turns off what only training uses, if anything
     for _ in range(max_new_tokens):
         if not caches or idx.shape[1] > model.context_size:
             caches = [Cache(model.context_size) for _ in model.transformer.h]
@@ -475,7 +476,7 @@ class Adam(Optimizer):
 
 
 def orthogonalize(x, rounds=4):
-    """Makes the directions of a matrix about equally strong; x (n, rows, columns) has n matrices.
+    """Makes the directions of a matrix more equally strong; x (n, rows, columns) has n matrices.
     A round turns each singular value s of X into 3.4445 s - 4.7750 s^3 + 2.0315 s^5."""
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
@@ -491,14 +492,14 @@ def orthogonalize(x, rounds=4):
 
 class Muon(Optimizer):
     """For matrices (Jordan et al. 2024): keeps a running mean of the gradient, and makes its
-    directions about equally strong, so that the model also learns from the weak ones."""
+    directions more equally strong, so that the model also learns from the weak ones."""
     n_means = 1
     momentum = 0.95
 
     def update(self, grads, means):
         m = means[0]
-        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); its length is divided out
-        ahead = grads.lerp(m, self.momentum)  # as if this gradient came once more: it counts more
+        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); small at first: rescaled later
+        ahead = grads.lerp(m, self.momentum)  # 0.95 m + 0.05 grads: it counts twice
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
@@ -583,7 +584,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # Compiled, the model is faster, but each new shape of x takes a minute: too slow to evaluate.
+    # Compiled, it is faster, but a new shape of x takes a minute: evaluate() may have one more.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
@@ -629,8 +630,8 @@ def save(checkpoint, started, model, optimizers, path):
         if load_checkpoint(path, "bigram", "char_gpt", "bpe_gpt", mmap=True)["history"] != earlier:
             path = f"{path.removesuffix('.pt')}-{os.getpid()}.pt"
             print(f"another run has replaced the checkpoint: from now on, this one saves to {path}")
-    copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
-    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}  # tied: 1 copy
+    copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}  # tied: 1
+    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = weights
     checkpoint["last"] = dict(
@@ -663,7 +664,7 @@ def show_cost(config, model, train_data, last):
     x, _ = train_data.training_batch(0)
     n_tokens = last["n_read"] + x.numel() * max(0, config.max_iters - last["step"])
     passes = n_tokens * len(x) / x.numel() / train_data.n_rows
-    gigabytes = 4 * 4 * sum(p.numel() for p in model.parameters()) / 1e9  # last, best, 2 means
+    gigabytes = 4 * 4 * sum(p.numel() for p in model.parameters()) / 1e9  # 4: last, best, means
     print(f"steps {last['step']:,} to {config.max_iters:,} of about {x.numel():,} tokens: "
           f"{n_tokens:,} in all, {passes:.2g} passes through the data; "
           f"a checkpoint of at most {gigabytes:.2g} GB every {config.eval_interval} steps")
@@ -680,7 +681,7 @@ def bytes_per_token(data, tokenizer):
 
 
 def describe(loss, bytes_per_token):
-    """Loss, perplexity (a uniform guess among so many has this loss), bits per byte."""
+    """Loss; perplexity, exp(loss): the loss is that of a guess among so many; bits per byte."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits/byte)"
 
@@ -773,7 +774,7 @@ def build_model(checkpoint, config):
         state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: config.block_size]
     with torch.device("meta"):  # without memory: the tensors of state replace all parameters
         model = GPT(config)
-    loaded = {}  # what has several names, as wte and lm_head, must stay a single parameter
+    loaded = {}  # what has several names in the model is one parameter: the first of these tensors
     for name, p in model.named_parameters(remove_duplicate=False):
         if name in state:
             state[name] = loaded.setdefault(p, nn.Parameter(state[name]))

@@ -86,7 +86,7 @@ class CharTokenizer:
 def split_data(data, config):
     """Train on the first 90%, validate on the rest. A model can lower its training loss simply by
     memorizing the text (overfitting). Only text it has never seen shows what it has learned.
-    (It is one piece: the surroundings of scattered characters would not be new.)"""
+    (These 10% are one piece: text around scattered characters would not be new.)"""
     n = int(0.9 * len(data))
     if len(data) - n <= config.block_size:
         raise UserError(f"{len(data)} characters are too few for --block_size {config.block_size}")
@@ -104,7 +104,7 @@ def get_batch(data, config, step):
     B = config.batch_size
     T = config.block_size
     n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
-    steps_per_epoch = max(1, n_windows // B)  # windows that do not fill a batch are left out
+    steps_per_epoch = max(1, n_windows // B)  # a last batch that is not full is left out
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))  # separate from PyTorch's random numbers
     offset = rng.integers(len(data) - n_windows * T)  # at random, as long as the last window fits
@@ -122,7 +122,7 @@ class LayerNorm(nn.Module):
     """Shifts and scales the vector of each token to mean 0 and variance 1, however large it was.
     Then each of the C numbers is multiplied by a learned gain (weight) and a learned bias is added.
     So the next layer gets numbers of a steady size, which the gains set. (A mean over several
-    tokens would show each of them those that it has to predict.) Ba, Kiros & Hinton 2016."""
+    tokens would tell the earlier ones what is to come.) Ba, Kiros & Hinton 2016."""
     by_hand = False  # GPT sets it to config.by_hand
     def __init__(self, n_embd):
         super().__init__()
@@ -249,20 +249,20 @@ class GPT(nn.Module):
             "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": LayerNorm(config.n_embd),  # f for final: scales down x, a sum of many results
+            "ln_f": LayerNorm(config.n_embd),  # f for final: rescales x, a sum of many results
         })
-        # The output layer, from vectors to scores. (It is no attention head; no bias, as in GPT-2.)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # The output layer, from vectors to scores. (lm: language model; it is no attention head.)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # as in GPT-2
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
         # x, which is large if x points the same way. What is learned at one end helps at the other.
         self.lm_head.weight = self.transformer.wte.weight
-        self.initialize(config)  # all parameters, whatever their modules have set
+        self.initialize(config)  # matrices and biases, whatever their modules have set
         for module in self.modules():
             module.by_hand = config.by_hand
 
     def initialize(self, config):
-        """Random weights (parameters): if they were equal, a token's numbers would stay equal.
+        """Random weights (parameters): were they equal, all C numbers of a token would be.
         Small ones give almost a uniform guess. (The 0.02 is GPT-2's; there, wpe has 0.01.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -292,9 +292,9 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 # What it costs. A block has about 12 C^2 parameters, 4 C^2 in attention and 8 C^2 in the MLP. Per
-# token, each takes a multiplication and an addition; scores and weighted means take 4 T C more.
-# backward() takes twice as many: for y = W x, it finds the gradients of W and of x. Parameters,
-# gradients and optimizers' means take 4 bytes a number; results for backward() 4, or 2 in bfloat16.
+# token, each takes a multiplication and an addition; scores and weighted means add 2 T C each.
+# backward() takes twice as many: for y = W x, it finds the gradients of W and of x. Memory: 4 bytes
+# a number for parameters, gradients, means; for results kept for backward() 4, or 2 in bfloat16.
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -307,7 +307,7 @@ def sample(logits):
 def generate(model, idx, max_new_tokens, choose=sample):
     """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
     each new column (B, 1) as soon as it is chosen."""
-    model.eval()  # turns off what is for training only, such as dropout
+    model.eval()  # turns off what only training uses, if anything
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.context_size :])
         new = choose(logits[:, -1])  # the last position's scores are for the token to come
@@ -380,8 +380,8 @@ def orthogonalize(x, rounds=4):
     S^3 V^T, and the strengths of a X + b (X X^T) X + c (X X^T)^2 X are a s + b s^3 + c s^5. With
     the a, b, c below (Jordan et al. 2024), a small s becomes 3.4 times as large, and one from 0.2
     to 1.2 gets to between 0.65 and 1.21. In four rounds, 0.1 becomes 0.340, 0.992, 0.707, 1.107,
-    and 0.001 becomes 0.003, 0.012, 0.041, 0.140. Not all come near 1: in training the small model,
-    42% end above 0.5 in step 1, and 81% in step 81."""
+    and 0.001 becomes 0.003, 0.012, 0.041, 0.140. Not all come near 1: of the small model's, 42% end
+    above 0.5 in the first training step, and later 81%."""
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT  # transposed (U and V change places): X X^T is smaller then
@@ -403,12 +403,12 @@ class Muon(Optimizer):
 
     def update(self, grads, means):
         m = means[0]
-        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); its length will be divided out
-        ahead = grads.lerp(m, self.momentum)  # as if this gradient came once more: it counts more
+        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); small at first: rescaled later
+        ahead = grads.lerp(m, self.momentum)  # 0.95 m + 0.05 grads: it counts twice
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
-        # If all strengths are 1, the output vector is as long as the input vector. With 4 times as
-        # many numbers (rows) in it, each is only half as large. The factor makes up for this.
+        # If all strengths are 1 and rows >= columns, the output vector is as long as the input.
+        # With 4 times as many numbers, each is only half as large. The factor makes up for this.
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
 
 
@@ -447,7 +447,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     model.train()  # undoes eval(). This and the seed are for dropout (random zeros), if you add it.
     torch.manual_seed(config.seed * 1_000_003 + step)
     # Mixed precision: matrix products in bfloat16, if that is faster. Unlike float16, it has the
-    # range of float32. Its digits are fewer: in weights, rounding would swallow small updates.
+    # range of float32. Its digits are few: weights stay in float32, or small updates get lost.
     with autocast:
         _, loss = model(x, y)
     model.zero_grad()
@@ -466,7 +466,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # Compiled, the model is faster, but each new shape of x takes a minute: too slow to evaluate.
+    # Compiled, it is faster, but a new shape of x takes a minute: evaluate() may have one more.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
@@ -501,8 +501,8 @@ def save(checkpoint, started, model, optimizers, path):
     step, n_read, _, val_loss = checkpoint["history"][-1]
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
-    copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
-    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}  # tied: 1 copy
+    copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}  # tied: 1
+    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = weights
     checkpoint["last"] = dict(

@@ -226,8 +226,8 @@ def record(model, ids, modules):
 
 @torch.no_grad()
 def attention_weights(model, ids):
-    """(n_layer, n_head, T, T): in each head, row t says how much token t attends to each token. A
-    head that finds nothing often attends to the first one, since its weights must sum to 1."""
+    """(n_layer, n_head, T, T): row t of a head has token t's weights for all tokens. (They alone
+    explain no prediction. As they sum to 1, a head that finds nothing often takes the first.)"""
     weights = []
     usual = F.scaled_dot_product_attention
     def recording(q, k, v, **settings):  # takes the place of this function for a while
@@ -252,7 +252,7 @@ def explore(model, tokenizer, ids, name, history, config):
     n_params = sum(p.numel() for p in model.parameters())
     about = f"{n_params:,} parameters"
     if history:
-        best = min(history, key=lambda row: row[3]) if has_attention else history[-1]  # as saved
+        best = min(history, key=lambda row: row[3]) if has_attention else history[-1]  # the saved
         about += f", validation loss {best[3]:.4f} nats after {best[0]:,} steps"
     log_probs = next_log_probs(model, torch.tensor([ids]))  # (T, vocab_size)
     if not all(numbers.isfinite().all() for numbers in [log_probs, *model.parameters()]):
@@ -429,7 +429,7 @@ def main():
     if config.curve:
         return show_curves(names, config.plot)
     model, tokenizer, checkpoint = load_model(names[0])
-    text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # a text begins after it
+    text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # stands before a text
     before = [tokenizer.tokens.index(text_before.encode())]  # so that the first token is predicted
     if config.probs:
         return show_probs(model, tokenizer, before + tokenizer.encode(config.probs))
