@@ -389,7 +389,7 @@ class GPT(nn.Module):
         start = caches[0].length if caches else 0
         if start + T > self.context_size:
             raise UserError(f"{start + T} tokens do not fit into a context of {self.context_size}")
-        assert start == 0 or T == 1, "the causal mask, for T > 1, needs empty caches"
+        assert start == 0 or T == 1, "filled caches take one token at a time: the mask is for T = S"
         positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
