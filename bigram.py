@@ -48,7 +48,7 @@ class CharTokenizer:
         self.chars = sorted(set(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
         self.tokens = [char.encode() for char in self.chars]  # as bytes, for sample.py
-        self.end_of_text = -1  # for sample.py: no token marks a text's end (none is -1)
+        self.end_of_text = -1  # for sample.py: no token marks the end of a text
 
     def encode(self, text):
         unknown = set(text) - set(self.chars)
@@ -62,8 +62,7 @@ class CharTokenizer:
 
 def split_data(data, config):
     """Train on the first 90%, validate on the rest. A model can lower its training loss simply by
-    memorizing the text (overfitting). Only text it has never seen shows what it has learned.
-    (These 10% are one piece: text around scattered characters would not be new.)"""
+    memorizing the text (overfitting). Only text it has never seen shows what it has learned."""
     n = int(0.9 * len(data))
     if len(data) - n <= config.block_size:
         raise UserError(f"{len(data)} characters are too few for --block_size {config.block_size}")
@@ -155,7 +154,7 @@ def sample(logits):
 def generate(model, idx, max_new_tokens, choose=sample):
     """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
     each new column (B, 1) as soon as it is chosen."""
-    model.eval()  # turns off what only training uses, if anything
+    model.eval()  # evaluation mode: turns off what only training uses
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.context_size :])
         new = choose(logits[:, -1])  # the last position's scores are for the token to come
@@ -211,7 +210,7 @@ def report(checkpoint, model, tokenizer, config):
     step, _, train_loss, val_loss = checkpoint["history"][-1]
     # The loss is a natural logarithm, in nats; divided by ln 2 it is in bits. Bits per byte of text
     # can be compared between models whose tokens differ in length: characters, or parts of words.
-    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]  # [1]: validation text
+    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]  # [1]: of the validation text
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
     torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
     # There must be something to continue: token 0, which in Shakespeare is the line break.

@@ -81,8 +81,7 @@ CPU_SETTINGS = dict(  # on anything but a CUDA GPU: a smaller model, 5.5 minutes
 FOLDER_SETTINGS = dict(
     vocab_size=50257, dropout=0.0, batch_size=32, total_batch_size=2**19, eval_interval=250,
     learning_rate=0.003, muon_learning_rate=0.02, weight_decay=0.01)
-# A few small steps, so that GPT-2 keeps what it knows: a small text could not teach it English.
-# (No Muon: it makes all directions large.)
+# A few small steps, so that GPT-2 keeps its English. (Muon's would be large in all directions.)
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
     muon_learning_rate=0.0, warmup_iters=5)
@@ -133,7 +132,7 @@ def train_bpe(text, vocab_size):
         if pair_counts[pair] != -count:  # out of date
             continue
         starts = find_pair(ids, pair)
-        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # each once; ids[-1]: -1
+        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # each once; ids[-1] is -1
         ids[starts] = len(tokens)
         ids = np.delete(ids, starts + 1)
         times = np.delete(times, starts + 1)
@@ -361,11 +360,11 @@ class GPT(nn.Module):
         # the vector of token i. At the output, the score of token i is the dot product of row i and
         # x, which is large if x points the same way. What is learned at one end helps at the other.
         self.lm_head.weight = self.transformer.wte.weight
-        self.initialize(config)  # matrices and biases, whatever their modules have set
+        self.initialize(config)  # sets all matrices and biases, also those of your own modules
 
     def initialize(self, config):
-        """Random weights (parameters): were they equal, all C numbers of a token would be.
-        Small ones give almost a uniform guess. (The 0.02 is GPT-2's; there, wpe has 0.01.)"""
+        """Random weights (parameters). With equal ones, all C numbers of a token would stay equal.
+        Small ones give almost a uniform guess. (0.02 is GPT-2's; there, wpe has 0.01.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -417,7 +416,7 @@ def generate(model, idx, max_new_tokens, choose=sample):
     The model reads idx once, then only new tokens. When the context is full, it moves on by a token
     each time: every token in it gets another position, so all are read again, into new caches."""
     caches = []
-    model.eval()  # turns off what only training uses, if anything
+    model.eval()  # evaluation mode: turns off what only training uses
     for _ in range(max_new_tokens):
         if not caches or idx.shape[1] > model.context_size:
             caches = [Cache(model.context_size) for _ in model.transformer.h]
@@ -498,8 +497,8 @@ class Muon(Optimizer):
 
     def update(self, grads, means):
         m = means[0]
-        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); small at first: rescaled later
-        ahead = grads.lerp(m, self.momentum)  # 0.95 m + 0.05 grads: it counts twice
+        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); orthogonalize() rescales it
+        ahead = grads.lerp(m, self.momentum)  # 0.95 m + 0.05 grads: this gradient counts twice
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
@@ -511,13 +510,13 @@ def make_optimizers(model, config):
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     embeddings = [p for p in others if p.dim() == 2]
-    gains_and_biases = [p for p in others if p.dim() != 2]
+    without_decay = [p for p in others if p.dim() != 2]
     if config.muon_learning_rate > 0:
         for_matrices = Muon(matrices, config.muon_learning_rate, config.weight_decay)
     else:
         for_matrices = Adam(matrices, config.learning_rate, config.weight_decay)
     for_embeddings = Adam(embeddings, config.learning_rate, config.weight_decay)
-    return for_matrices, for_embeddings, Adam(gains_and_biases, config.learning_rate)
+    return for_matrices, for_embeddings, Adam(without_decay, config.learning_rate)
 
 # ---- Training -----------------------------------------------------------------------------------
 
@@ -584,7 +583,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # Compiled, it is faster, but a new shape of x takes a minute: evaluate() may have one more.
+    # The compiled model is faster, but each new shape of x, as in evaluate(), costs it a minute.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
@@ -630,7 +629,8 @@ def save(checkpoint, started, model, optimizers, path):
         if load_checkpoint(path, "bigram", "char_gpt", "bpe_gpt", mmap=True)["history"] != earlier:
             path = f"{path.removesuffix('.pt')}-{os.getpid()}.pt"
             print(f"another run has replaced the checkpoint: from now on, this one saves to {path}")
-    copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}  # tied: 1
+    # Tied weights are one tensor with two names. Each tensor, found by its address, is copied once.
+    copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
     weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = weights
@@ -664,7 +664,7 @@ def show_cost(config, model, train_data, last):
     x, _ = train_data.training_batch(0)
     n_tokens = last["n_read"] + x.numel() * max(0, config.max_iters - last["step"])
     passes = n_tokens * len(x) / x.numel() / train_data.n_rows
-    gigabytes = 4 * 4 * sum(p.numel() for p in model.parameters()) / 1e9  # 4: last, best, means
+    gigabytes = 4 * 4 * sum(p.numel() for p in model.parameters()) / 1e9  # last, best, 2 means
     print(f"steps {last['step']:,} to {config.max_iters:,} of about {x.numel():,} tokens: "
           f"{n_tokens:,} in all, {passes:.2g} passes through the data; "
           f"a checkpoint of at most {gigabytes:.2g} GB every {config.eval_interval} steps")
@@ -681,7 +681,7 @@ def bytes_per_token(data, tokenizer):
 
 
 def describe(loss, bytes_per_token):
-    """Loss; perplexity, exp(loss): the loss is that of a guess among so many; bits per byte."""
+    """Loss, perplexity (the loss is that of a uniform guess among this many), bits per byte."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits/byte)"
 

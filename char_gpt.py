@@ -71,7 +71,7 @@ class CharTokenizer:
         self.chars = sorted(set(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}  # "string to integer"
         self.tokens = [char.encode() for char in self.chars]  # as bytes, for sample.py
-        self.end_of_text = -1  # for sample.py: no token marks a text's end (none is -1)
+        self.end_of_text = -1  # for sample.py: no token marks the end of a text
 
     def encode(self, text):
         unknown = set(text) - set(self.chars)
@@ -85,8 +85,7 @@ class CharTokenizer:
 
 def split_data(data, config):
     """Train on the first 90%, validate on the rest. A model can lower its training loss simply by
-    memorizing the text (overfitting). Only text it has never seen shows what it has learned.
-    (These 10% are one piece: text around scattered characters would not be new.)"""
+    memorizing the text (overfitting). Only text it has never seen shows what it has learned."""
     n = int(0.9 * len(data))
     if len(data) - n <= config.block_size:
         raise UserError(f"{len(data)} characters are too few for --block_size {config.block_size}")
@@ -257,13 +256,13 @@ class GPT(nn.Module):
         # the vector of token i. At the output, the score of token i is the dot product of row i and
         # x, which is large if x points the same way. What is learned at one end helps at the other.
         self.lm_head.weight = self.transformer.wte.weight
-        self.initialize(config)  # matrices and biases, whatever their modules have set
+        self.initialize(config)  # sets all matrices and biases, also those of your own modules
         for module in self.modules():
             module.by_hand = config.by_hand
 
     def initialize(self, config):
-        """Random weights (parameters): were they equal, all C numbers of a token would be.
-        Small ones give almost a uniform guess. (The 0.02 is GPT-2's; there, wpe has 0.01.)"""
+        """Random weights (parameters). With equal ones, all C numbers of a token would stay equal.
+        Small ones give almost a uniform guess. (0.02 is GPT-2's; there, wpe has 0.01.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -307,7 +306,7 @@ def sample(logits):
 def generate(model, idx, max_new_tokens, choose=sample):
     """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
     each new column (B, 1) as soon as it is chosen."""
-    model.eval()  # turns off what only training uses, if anything
+    model.eval()  # evaluation mode: turns off what only training uses
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.context_size :])
         new = choose(logits[:, -1])  # the last position's scores are for the token to come
@@ -380,8 +379,8 @@ def orthogonalize(x, rounds=4):
     S^3 V^T, and the strengths of a X + b (X X^T) X + c (X X^T)^2 X are a s + b s^3 + c s^5. With
     the a, b, c below (Jordan et al. 2024), a small s becomes 3.4 times as large, and one from 0.2
     to 1.2 gets to between 0.65 and 1.21. In four rounds, 0.1 becomes 0.340, 0.992, 0.707, 1.107,
-    and 0.001 becomes 0.003, 0.012, 0.041, 0.140. Not all come near 1: of the small model's, 42% end
-    above 0.5 in the first training step, and later 81%."""
+    and 0.001 becomes 0.003, 0.012, 0.041, 0.140. Not all come near 1: of those in the small model,
+    42% end above 0.5 in the first training step, and 81% later."""
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT  # transposed (U and V change places): X X^T is smaller then
@@ -403,8 +402,8 @@ class Muon(Optimizer):
 
     def update(self, grads, means):
         m = means[0]
-        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); small at first: rescaled later
-        ahead = grads.lerp(m, self.momentum)  # 0.95 m + 0.05 grads: it counts twice
+        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); orthogonalize() rescales it
+        ahead = grads.lerp(m, self.momentum)  # 0.95 m + 0.05 grads: this gradient counts twice
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
         # If all strengths are 1 and rows >= columns, the output vector is as long as the input.
@@ -466,7 +465,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # Compiled, it is faster, but a new shape of x takes a minute: evaluate() may have one more.
+    # The compiled model is faster, but each new shape of x, as in evaluate(), costs it a minute.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
@@ -501,7 +500,8 @@ def save(checkpoint, started, model, optimizers, path):
     step, n_read, _, val_loss = checkpoint["history"][-1]
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
-    copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}  # tied: 1
+    # Tied weights are one tensor with two names. Each tensor, found by its address, is copied once.
+    copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
     weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = weights
@@ -528,7 +528,7 @@ def report(checkpoint, model, tokenizer, config):
     step, _, train_loss, val_loss = checkpoint["history"][-1]
     # The loss is a natural logarithm, in nats; divided by ln 2 it is in bits. Bits per byte of text
     # can be compared between models whose tokens differ in length: characters, or parts of words.
-    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]  # [1]: validation text
+    bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]  # [1]: of the validation text
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
     torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
     # There must be something to continue: token 0, which in Shakespeare is the line break.
@@ -642,7 +642,7 @@ def main():
     if config.resume and Path(config.out).exists():
         checkpoint = load_checkpoint(config.out, "char_gpt")
         settings = checkpoint["config"] | {"device": config.device, "out": config.out}
-    config = GPTConfig(**settings | flags)  # of two dicts, the second wins: flags do
+    config = GPTConfig(**settings | flags)  # where both have a setting, the flags count
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     text = load_text(config.data)

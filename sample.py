@@ -59,7 +59,7 @@ class SampleConfig:
 
 # ---- Sampling -----------------------------------------------------------------------------------
 
-# To take the likeliest token each time (greedy decoding) soon leads to repetition. Drawing from the
+# Always taking the likeliest token (greedy decoding) soon leads to repetition. Drawing from the
 # predicted distribution is true to the model, but among 50,257 tokens very many are unlikely.
 # Together, they come up often, and a single bad token can spoil the rest of the text. The settings
 # below make this tail of the distribution thinner, or cut it off.
@@ -70,8 +70,8 @@ def choose(logits, config):
     if config.temperature < 1e-9:  # the limit: all probability is on the likeliest token
         return logits.argmax(dim=-1, keepdim=True)
     logits, tokens = logits.float().sort(dim=-1, descending=True)  # the likeliest first
-    # The highest score becomes 0: a low temperature could make it infinite. Softmax does not
-    # change when the same number is subtracted from all scores.
+    # The highest score becomes 0, since a low temperature could make it infinite otherwise. Softmax
+    # does not change when the same number is subtracted from all scores.
     logits = (logits - logits[:, :1]) / config.temperature
     if config.top_k:  # a cut by rank (Fan et al. 2018)
         logits[:, config.top_k :] = -math.inf
@@ -213,7 +213,7 @@ def show_probs(model, tokenizer, ids):
 
 @torch.no_grad()
 def record(model, ids, modules):
-    """Run the model on ids. Returns (module, input, output) each time that one of modules runs."""
+    """Run the model on ids. Returns (module, input, output) for each call of one of modules."""
     calls = []
     def hook(module, inputs, output):  # PyTorch calls it when the module has run
         calls.append((module, inputs[0], output))
@@ -226,8 +226,8 @@ def record(model, ids, modules):
 
 @torch.no_grad()
 def attention_weights(model, ids):
-    """(n_layer, n_head, T, T): row t of a head has token t's weights for all tokens. (They alone
-    explain no prediction. As they sum to 1, a head that finds nothing often takes the first.)"""
+    """(n_layer, n_head, T, T): in each head, row t says how much token t attends to each token. A
+    head that finds nothing often attends to the first one, since its weights must sum to 1."""
     weights = []
     usual = F.scaled_dot_product_attention
     def recording(q, k, v, **settings):  # takes the place of this function for a while
@@ -245,15 +245,15 @@ def attention_weights(model, ids):
 @torch.no_grad()
 def explore(model, tokenizer, ids, name, history, config):
     """Make a page for the browser out of data/explore.html: what the model does with ids."""
-    has_attention = hasattr(model, "transformer")
+    has_attention = hasattr(model, "transformer")  # or it is a bigram table, saved at the end
     limit = min(81, model.context_size) if has_attention else 81  # so that the page opens fast
     if len(ids) > limit:
         raise UserError(f"--explore takes {limit - 1} tokens at most, and here are {len(ids) - 1}")
     n_params = sum(p.numel() for p in model.parameters())
     about = f"{n_params:,} parameters"
     if history:
-        best = min(history, key=lambda row: row[3]) if has_attention else history[-1]  # the saved
-        about += f", validation loss {best[3]:.4f} nats after {best[0]:,} steps"
+        saved = min(history, key=lambda row: row[3]) if has_attention else history[-1]
+        about += f", validation loss {saved[3]:.4f} nats after {saved[0]:,} steps"
     log_probs = next_log_probs(model, torch.tensor([ids]))  # (T, vocab_size)
     if not all(numbers.isfinite().all() for numbers in [log_probs, *model.parameters()]):
         raise UserError(f"{name} has weights that are nan or too large: train it again")
@@ -276,7 +276,7 @@ def explore(model, tokenizer, ids, name, history, config):
         # The "logit lens" (nostalgebraist 2020): what would a model that ends at a block predict?
         # All blocks add to the same x, so that the output layer can read it at any point.
         calls = record(model, ids, model.transformer.h)
-        x = torch.cat([calls[0][1], *(output for _, _, output in calls)])  # at first; after each
+        x = torch.cat([calls[0][1], *(output for _, _, output in calls)])  # input; all outputs
         probs, tokens = model.lm_head(model.transformer.ln_f(x)).softmax(dim=-1).max(dim=-1)
         page["lens"] = {"tokens": tokens.tolist(), "probs": probs.tolist()}  # (n_layer + 1, T)
     if n_params <= 16e6:  # of a larger model, the file would be too large
@@ -429,7 +429,7 @@ def main():
     if config.curve:
         return show_curves(names, config.plot)
     model, tokenizer, checkpoint = load_model(names[0])
-    text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # stands before a text
+    text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # the token before a text
     before = [tokenizer.tokens.index(text_before.encode())]  # so that the first token is predicted
     if config.probs:
         return show_probs(model, tokenizer, before + tokenizer.encode(config.probs))

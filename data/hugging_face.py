@@ -67,7 +67,7 @@ def read_folder(folder):
         tokens = read_vocabulary(Path(folder))
         text_before = config.get("text_before", bpe_gpt.END_OF_TEXT)  # written by export()
         check_text_before(text_before, tokens or [b"\n", bpe_gpt.END_OF_TEXT.encode()])
-        templates = [str(template) for template in config.get("templates", [])]  # also
+        templates = [str(text) for text in config.get("templates", [])]  # written there, too
         state = read_weights(Path(folder) / "model.safetensors", sizes, tokens)
     except (OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
