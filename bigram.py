@@ -14,10 +14,8 @@ it falls from 4.17 to 2.49. A table made by counting pairs of characters reaches
 import argparse
 import inspect
 import math
-import os
 import socket
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -152,8 +150,7 @@ def sample(logits):
 
 @torch.no_grad()  # gradients are needed for training only
 def generate(model, idx, max_new_tokens, choose=sample):
-    """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
-    each new column (B, 1) as soon as it is chosen."""
+    """Continue idx (B, T) token by token. Yields each new column (B, 1) as soon as it is chosen."""
     model.eval()  # evaluation mode: turns off what only training uses
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.context_size :])
@@ -231,24 +228,6 @@ class UserError(ValueError):
     """A mistake of the user's, shown as one line. An error in the code shows where it arose."""
 
 
-@contextmanager
-def replacing(path):
-    """Opens a temporary file, which takes the place of path when it is complete. Whatever happens
-    in between, path is either the old file or the new one, never a part of it."""
-    path = os.path.realpath(path)  # if path is a link to a file, this is the file
-    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name that no other process uses
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # waits until all of it is on the disk
-        temporary.replace(path)
-    except RuntimeError as error:  # torch.save() hides the cause (full disk, Ctrl-C) behind it
-        raise error.__context__ or error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def load_text(path):
     """The text file at path; by default Tiny Shakespeare or, without a network, a play."""
     default = DATA / "tinyshakespeare.txt"
@@ -304,7 +283,7 @@ def main():
         learned = evaluate(model, data, config)
         counted = evaluate(count_bigrams(train_data, V, add), data, config)
         print(f"{name} loss: learned {learned:.4f}, counted {counted:.4f}")
-    with replacing(config.out) as file:
+    with open(config.out, "wb") as file:
         torch.save(checkpoint, file)
     print(f"saved {config.out}; next: python sample.py {config.out}")
 

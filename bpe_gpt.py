@@ -23,7 +23,7 @@ import sys
 import time
 import timeit
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -410,8 +410,7 @@ def sample(logits):
 
 @torch.no_grad()  # gradients are needed for training only
 def generate(model, idx, max_new_tokens, choose=sample):
-    """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
-    each new column (B, 1) as soon as it is chosen.
+    """Continue idx (B, T) token by token. Yields each new column (B, 1) as soon as it is chosen.
 
     The model reads idx once, then only new tokens. When the context is full, it moves on by a token
     each time: every token in it gets another position, so all are read again, into new caches."""
@@ -637,8 +636,7 @@ def save(checkpoint, started, model, optimizers, path):
     checkpoint["last"] = dict(
         step=step, n_read=n_read, seconds=time.perf_counter() - started, model=weights,
         optimizers=[optimizer.means for optimizer in optimizers])
-    with replacing(path) as file:
-        torch.save(checkpoint, file)
+    replace_file(path, lambda file: torch.save(checkpoint, file))
     return path
 
 
@@ -655,8 +653,8 @@ def restore(last, model, optimizers):
 
 def write_log(log, path):
     """Lines of JSON, one per evaluation and per hundred steps, in a file beside the checkpoint."""
-    with replacing(f"{path}.jsonl") as file:
-        file.write("".join(json.dumps(entry) + "\n" for entry in log).encode())
+    lines = "".join(json.dumps(entry) + "\n" for entry in log)
+    replace_file(f"{path}.jsonl", lambda file: file.write(lines.encode()))
 
 
 def show_cost(config, model, train_data, last):
@@ -725,8 +723,7 @@ def matrix_rate(device, dtype):
 # ---- Published weights --------------------------------------------------------------------------
 
 # This part reads files, and can be skipped. The names in them are ours, or lack "transformer.". The
-# matrices below are transposed: OpenAI's layers compute x @ weight, nn.Linear x @ weight.T. (Square
-# ones would fit, but be wrong.)
+# matrices below are transposed: OpenAI's layers compute x @ weight, nn.Linear x @ weight.T.
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 PUBLISHED = {  # revision; where it is known, the first half of model.safetensors's SHA-256
@@ -763,7 +760,7 @@ def load_pretrained(name):
 
 def build_model(checkpoint, config):
     """The model in a checkpoint. A smaller block_size takes the first positions only."""
-    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+    for name in SIZE_NAMES:
         size = checkpoint["config"][name]
         if getattr(config, name) != size and (name != "block_size" or config.block_size > size):
             raise UserError(f"--{name} is {size} in this model")
@@ -817,22 +814,26 @@ class UserError(ValueError):
     """A mistake of the user's, shown as one line. An error in the code shows where it arose."""
 
 
-@contextmanager
-def replacing(path):
-    """Opens a temporary file, which takes the place of path when it is complete. Whatever happens
-    in between, path is either the old file or the new one, never a part of it."""
+def replace_file(path, write):
+    """Write a file with write(file). It replaces the one at path when it is complete: whatever
+    happens before, path is either the old file or the new one, never a part of it."""
     path = os.path.realpath(path)  # if path is a link to a file, this is the file
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name that no other process uses
     try:
         with open(temporary, "wb") as file:
-            yield file
+            write(file)
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
-        temporary.replace(path)
-    except RuntimeError as error:  # torch.save() hides the cause (full disk, Ctrl-C) behind it
-        raise error.__context__ or error
-    finally:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and error.__context__:
+            raise error.__context__  # torch.save() hides the cause (full disk, Ctrl-C) behind it
+        raise
+    for _ in range(100):  # on Windows, a file that another program has open cannot be replaced
+        with suppress(PermissionError):
+            return temporary.replace(path)
+        time.sleep(0.1)
+    raise UserError(f"cannot replace {path} (open in another program?): {temporary} is the new one")
 
 
 def load_text(path):
@@ -852,9 +853,8 @@ def load_text(path):
         raise UserError(f"{path} is not in UTF-8: save it in this encoding") from None
 
 
-def load_checkpoint(path, *scripts, mmap=False):
-    """The checkpoint at path, saved by one of these scripts. (weights_only: no code in it is run.
-    mmap: tensors are read from the file when they are used.)"""
+def load_checkpoint(path, *scripts, mmap=False):  # mmap: reads tensors when they are used
+    """The checkpoint at path, saved by one of these scripts. (weights_only: no code in it runs.)"""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
@@ -1020,11 +1020,10 @@ def main(load_data=load_tokens, more_settings={}):
     elif config.vocab_size == GPTConfig.vocab_size:
         tokenizer = from_first_process(gpt2_tokenizer)
     train_data, val_data, tokenizer = load_data(config, tokenizer)
-    config.vocab_size = V = len(tokenizer.tokens)
+    if not config.init:
+        config.vocab_size = len(tokenizer.tokens)  # fewer than asked for, if the text is short
     torch.manual_seed(config.seed)  # for the initial weights
     model = (GPT(config) if resumed or not trained else build_model(trained, config)).to(device)
-    for p in model.parameters() if N_PROCESSES > 1 else []:
-        dist.broadcast(p.data, 0)  # all begin with the weights of the first process
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device} in {dtype}")
@@ -1036,6 +1035,7 @@ def main(load_data=load_tokens, more_settings={}):
             other = f"--resume: {config.out}" if resumed else "the first process"
             raise UserError(f"{other} began with another {name}")
     if not resumed:
+        V = config.vocab_size
         with autocast:
             loss = describe(evaluate(model, val_data), checkpoint["bytes_per_token"][1])
         print(f"val loss {loss}; a uniform guess: ln({V}) = {math.log(V):.4f}")

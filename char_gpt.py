@@ -22,7 +22,7 @@ import socket
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -304,8 +304,7 @@ def sample(logits):
 
 @torch.no_grad()  # gradients are needed for training only
 def generate(model, idx, max_new_tokens, choose=sample):
-    """Continue the tokens idx (B, T): predict, choose the next token, append it, repeat. Yields
-    each new column (B, 1) as soon as it is chosen."""
+    """Continue idx (B, T) token by token. Yields each new column (B, 1) as soon as it is chosen."""
     model.eval()  # evaluation mode: turns off what only training uses
     for _ in range(max_new_tokens):
         logits, _ = model(idx[:, -model.context_size :])
@@ -379,8 +378,7 @@ def orthogonalize(x, rounds=4):
     S^3 V^T, and the strengths of a X + b (X X^T) X + c (X X^T)^2 X are a s + b s^3 + c s^5. With
     the a, b, c below (Jordan et al. 2024), a small s becomes 3.4 times as large, and one from 0.2
     to 1.2 gets to between 0.65 and 1.21. In four rounds, 0.1 becomes 0.340, 0.992, 0.707, 1.107,
-    and 0.001 becomes 0.003, 0.012, 0.041, 0.140. Not all come near 1: of those in the small model,
-    42% end above 0.5 in the first training step, and 81% later."""
+    and 0.001 becomes 0.003, 0.012, 0.041, 0.140: large strengths come near 1, tiny ones nearer."""
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT  # transposed (U and V change places): X X^T is smaller then
@@ -413,8 +411,7 @@ class Muon(Optimizer):
 
 def make_optimizers(model, config):
     """Muon is for the matrices in the blocks, Adam (without weight decay) for the rest: gains and
-    biases are not matrices, and the rows of an embedding belong to different tokens or positions,
-    whose gradients should not be mixed."""
+    biases are no matrices, and Muon would mix the rows of an embedding, one for each token."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices, config.muon_learning_rate, config.weight_decay)
@@ -508,8 +505,7 @@ def save(checkpoint, started, model, optimizers, path):
     checkpoint["last"] = dict(
         step=step, n_read=n_read, seconds=time.perf_counter() - started, model=weights,
         optimizers=[optimizer.means for optimizer in optimizers])
-    with replacing(path) as file:
-        torch.save(checkpoint, file)
+    replace_file(path, lambda file: torch.save(checkpoint, file))
 
 
 def restore(last, model, optimizers):
@@ -549,22 +545,26 @@ class UserError(ValueError):
     """A mistake of the user's, shown as one line. An error in the code shows where it arose."""
 
 
-@contextmanager
-def replacing(path):
-    """Opens a temporary file, which takes the place of path when it is complete. Whatever happens
-    in between, path is either the old file or the new one, never a part of it."""
+def replace_file(path, write):
+    """Write a file with write(file). It replaces the one at path when it is complete: whatever
+    happens before, path is either the old file or the new one, never a part of it."""
     path = os.path.realpath(path)  # if path is a link to a file, this is the file
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name that no other process uses
     try:
         with open(temporary, "wb") as file:
-            yield file
+            write(file)
             file.flush()
             os.fsync(file.fileno())  # waits until all of it is on the disk
-        temporary.replace(path)
-    except RuntimeError as error:  # torch.save() hides the cause (full disk, Ctrl-C) behind it
-        raise error.__context__ or error
-    finally:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and error.__context__:
+            raise error.__context__  # torch.save() hides the cause (full disk, Ctrl-C) behind it
+        raise
+    for _ in range(100):  # on Windows, a file that another program has open cannot be replaced
+        with suppress(PermissionError):
+            return temporary.replace(path)
+        time.sleep(0.1)
+    raise UserError(f"cannot replace {path} (open in another program?): {temporary} is the new one")
 
 
 def load_text(path):
@@ -584,9 +584,8 @@ def load_text(path):
         raise UserError(f"{path} is not in UTF-8: save it in this encoding") from None
 
 
-def load_checkpoint(path, *scripts, mmap=False):
-    """The checkpoint at path, saved by one of these scripts. (weights_only: no code in it is run.
-    mmap: tensors are read from the file when they are used.)"""
+def load_checkpoint(path, *scripts, mmap=False):  # mmap: reads tensors when they are used
+    """The checkpoint at path, saved by one of these scripts. (weights_only: no code in it runs.)"""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:

@@ -197,8 +197,7 @@ def next_log_probs(model, idx):
 
 
 def show_probs(model, tokenizer, ids):
-    """A line for each token but the first: its probability, its rank among all tokens, and the
-    likeliest other tokens."""
+    """For each token but the first: its probability, its rank, and the likeliest other tokens."""
     log_probs = next_log_probs(model, torch.tensor([ids[:-1]]))
     targets = ids[1:]
     print("token           probability    rank   likeliest others")
@@ -255,8 +254,6 @@ def explore(model, tokenizer, ids, name, history, config):
         saved = min(history, key=lambda row: row[3]) if has_attention else history[-1]
         about += f", validation loss {saved[3]:.4f} nats after {saved[0]:,} steps"
     log_probs = next_log_probs(model, torch.tensor([ids]))  # (T, vocab_size)
-    if not all(numbers.isfinite().all() for numbers in [log_probs, *model.parameters()]):
-        raise UserError(f"{name} has weights that are nan or too large: train it again")
     followed = log_probs[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1))  # (T - 1, 1)
     scores, order = log_probs.sort(dim=-1, descending=True)
     # Of 50,257 scores, the page gets those of the first 100 ranks and then of ranks about 1% apart.
@@ -281,12 +278,13 @@ def explore(model, tokenizer, ids, name, history, config):
         page["lens"] = {"tokens": tokens.tolist(), "probs": probs.tolist()}  # (n_layer + 1, T)
     if n_params <= 16e6:  # of a larger model, the file would be too large
         page |= page_model(model, tokenizer, rounded=n_params > 2e6)
-    data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # no </script> inside
+    data = json.dumps(page, separators=(",", ":"), allow_nan=False)
+    data = data.replace("<", "\\u003c")  # so that no </script> in it ends it
     html = (bpe_gpt.DATA / "explore.html").read_text(encoding="utf-8")
     script = (bpe_gpt.DATA / "gpt2.js").read_text(encoding="utf-8")
     html = html.replace("/* data/gpt2.js comes here */", script)
-    with bpe_gpt.replacing(config.plot) as file:
-        file.write(html.replace('id="data">', f'id="data">{data}').encode())
+    html = html.replace('id="data">', f'id="data">{data}')
+    bpe_gpt.replace_file(config.plot, lambda file: file.write(html.encode()))
     print(f"saved {config.plot}: open it in a browser")
 
 
@@ -297,7 +295,10 @@ def page_model(model, tokenizer, rounded):
         scale = p.abs().max().item() / 32767 if rounded else 0
         numbers = (p / scale).round().short() if scale else p
         weights.append((name, base64.b64encode(numbers.detach().numpy().tobytes()).decode(), scale))
+    # With these, too, the page compares itself with PyTorch before it offers to run the model.
+    check = torch.arange(min(81, model.context_size)).unsqueeze(0) % len(tokenizer.tokens)
     return {
+        "check": check[0].tolist(), "check_scores": next_log_probs(model, check)[:, 0].tolist(),
         "weights": weights, "rounded": rounded, "end_of_text": tokenizer.end_of_text,
         "tokens": [token.decode("latin-1") for token in tokenizer.tokens],  # a letter for each byte
         "words": bpe_gpt.WORDS if isinstance(model, bpe_gpt.GPT) else None}
@@ -354,10 +355,8 @@ def show_curves(paths, plot):
 
 # ---- Models and flags ---------------------------------------------------------------------------
 
-CHARACTER_MODELS = {
-    "bigram": (BigramConfig, BigramLanguageModel),
-    "char_gpt": (char_gpt.GPTConfig, char_gpt.GPT),
-}
+CHARACTER_MODELS = {"bigram": (BigramConfig, BigramLanguageModel),
+                    "char_gpt": (char_gpt.GPTConfig, char_gpt.GPT)}
 
 
 def load_model(name):
@@ -386,21 +385,21 @@ def parse_flags(Config):
         allow_abbrev=False, description=f"{__doc__}\n{inspect.getsource(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help=argparse.SUPPRESS, default=[])
+    looks = parser.add_mutually_exclusive_group()  # one of these at a time
     for field in fields(Config):
         switch = {"action": argparse.BooleanOptionalAction}  # such as --curve and --no-curve
         kind = switch if field.type is bool else {"type": field.type}
-        parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
+        group = looks if field.name in ("probs", "explore", "shapes", "curve") else parser
+        group.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **kind)
     flags = vars(parser.parse_intermixed_args())  # models may come before and after flags
-    looks = [name for name in ("probs", "explore", "shapes", "curve") if name in flags]
-    if len(looks) > 1:
-        raise UserError(f"--{looks[0]} and --{looks[1]}: one at a time")
     if len(flags["models"]) > 1 and not flags.get("curve"):
         raise UserError("only --curve takes several models")
     if "explore" in flags and not flags.get("plot", ".html").endswith(".html"):
         raise UserError(f"--plot {flags['plot']}: the name of a page must end in .html")
-    for name in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "num_samples"):
-        if not flags.get(name, 0) >= 0:  # (`< 0` would let nan pass)
-            raise UserError(f"--{name} must not be negative")
+    at_least = dict(temperature=0, top_k=0, top_p=0, min_p=0, max_new_tokens=0, num_samples=1)
+    for name, least in at_least.items():
+        if not flags.get(name, least) >= least:  # (`<` would let nan pass)
+            raise UserError(f"--{name} must be at least {least}")
     for name in ("temperature", "top_k", "top_p", "min_p"):
         if name in flags and flags.get("beam"):
             raise UserError(f"--beam searches for the likeliest text: --{name} has no effect")

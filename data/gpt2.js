@@ -313,8 +313,10 @@ function whyNot() { // why this page cannot compute, or "" if it can
   try {
     readWeights();
     const steps = read(data.ids, new Set());
+    const checked = read(data.check, new Set()); // longer than most texts
     const wrong = Math.max(...steps.flatMap((step, t) => data.best[t].map(
-      (id, i) => Math.abs(step.logProbs[id] - data.scores[t][i]))));
+      (id, i) => Math.abs(step.logProbs[id] - data.scores[t][i]))),
+      ...checked.map((step, t) => Math.abs(step.logProbs[0] - data.check_scores[t])));
     if (wrong < (data.rounded ? 0.1 : 0.002)) return "";
   } catch { /* a parameter is missing */ }
   return "This page cannot run this model, which is not built like GPT-2. So the text is fixed, " +

@@ -384,10 +384,8 @@ def write_weights(model, path):
         end += array.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of 8
-    with bpe_gpt.replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        file.writelines(arrays)
+    parts = [len(text).to_bytes(8, "little"), text, *arrays]
+    bpe_gpt.replace_file(path, lambda file: file.writelines(parts))
 
 
 def write_config(model, tokenizer, more, path):
@@ -423,8 +421,7 @@ def main():
             checkpoint["vocab"] = bpe_gpt.gpt2_tokenizer().tokens
             print(f"{args.source} has no vocabulary: GPT-2's is used")
         Path(args.target).parent.mkdir(parents=True, exist_ok=True)
-        with bpe_gpt.replacing(args.target) as file:
-            torch.save(checkpoint, file)
+        bpe_gpt.replace_file(args.target, lambda file: torch.save(checkpoint, file))
     else:
         checkpoint = bpe_gpt.load_pretrained(args.source)
         tokenizer = bpe_gpt.BPETokenizer(checkpoint["vocab"])

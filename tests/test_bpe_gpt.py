@@ -975,7 +975,8 @@ def test_fine_tuning_does_not_replace_the_model_that_it_begins_with(command, tmp
     assert (tmp_path / "x.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("flag", ["n_layer 3", "n_head 2", "n_embd 64", "block_size 64"])
+@pytest.mark.parametrize(
+    "flag", ["vocab_size 300", "n_layer 3", "n_head 2", "n_embd 64", "block_size 64"])
 def test_a_size_that_a_model_does_not_have_gets_one_line(command, untrained, flag):
     name, value = flag.split()
     with pytest.raises(bpe_gpt.UserError, match=f"--{name} is [0-9]+ in this model"):

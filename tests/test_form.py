@@ -76,7 +76,7 @@ def test_what_two_scripts_share_is_the_same_to_the_letter():
         for name in ours.keys() & theirs.keys() - may_differ.keys() - EXPLAINED_IN_CHAR_GPT:
             assert ours[name] == theirs[name], f"{name} differs between {a} and {b}"
             shared.add(name)
-    assert {"CharTokenizer", "get_batch", "generate", "evaluate", "replacing", "restore"} <= shared
+    assert {"CharTokenizer", "get_batch", "generate", "evaluate", "replace_file", "restore"} <= shared
 
 
 def test_what_may_differ_does_differ():

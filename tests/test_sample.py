@@ -517,14 +517,15 @@ MISTAKES = [
     (["char_gpt.py"], "char_gpt.py is missing, damaged"),
     (["half.pt"], "half.pt is missing, damaged"),
     (["out/bigram.pt", "out/char_gpt.pt"], "only --curve takes several models"),
-    (["--probs", "The", "--explore", "sea"], "--probs and --explore: one at a time"),
     (["--beam", "3", "--temperature", "0.5"], "--temperature has no effect"),
     (["--beam", "2", "--num_samples", "3"], "--beam 2 finds 2 texts"),
     (["--device", "cuda"], "no such device"),
-    (["--top_k", "-1"], "--top_k must not be negative"),
+    (["--top_k", "-1"], "--top_k must be at least 0"),
     (["--input", "heavy"], "was not trained on instructions"),
-    (["--temperature", "-1"], "--temperature must not be negative"),
-    (["--temperature", "nan"], "--temperature must not be negative"),
+    (["--temperature", "-1"], "--temperature must be at least 0"),
+    (["--temperature", "nan"], "--temperature must be at least 0"),
+    (["--max_new_tokens", "-4"], "--max_new_tokens must be at least 0"),
+    (["--num_samples", "0"], "--num_samples must be at least 1"),
     (["--shapes", "The sea " * 20], "160 tokens do not fit"),
     (["--probs", "\u3042"], "not in the vocabulary: ['\u3042']"),
 ]
@@ -536,6 +537,11 @@ def test_a_mistake_gets_one_line_that_names_it(clone, flags, clue):
     data = (clone / "out" / "char_gpt.pt").read_bytes()
     (clone / "half.pt").write_bytes(data[: len(data) // 2])
     assert clue in one_line_error("sample.py", *flags, cwd=clone)
+
+
+def test_the_model_is_looked_at_in_one_way_at_a_time(clone):
+    _, error = run("sample.py", "--probs", "The", "--explore", "sea", cwd=clone, status=2)
+    assert "argument --explore: not allowed with argument --probs" in error
 
 
 def test_models_may_be_named_before_and_after_the_flags(command):

@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,25 +209,58 @@ def test_without_tiny_shakespeare_the_shipped_play_is_used_and_said_so(
 
 
 def test_a_failed_save_leaves_the_old_checkpoint_whole(tmp_path):
+    def write_half(file):
+        file.write(b"half of the new")
+        raise KeyboardInterrupt
+
     path = tmp_path / "model.pt"
     path.write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt):
-        with char_gpt.replacing(path) as file:
-            file.write(b"half of the new")
-            raise KeyboardInterrupt
+        char_gpt.replace_file(path, write_half)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_two_runs_that_save_to_one_name_do_not_mix(tmp_path, monkeypatch):
-    path = tmp_path / "model.pt"
-    with char_gpt.replacing(path) as file:
+    def write(file):
         file.write(b"one")
         monkeypatch.setattr("os.getpid", lambda: 12345)  # meanwhile, in another process:
-        with char_gpt.replacing(path) as other_file:
-            other_file.write(b"another")
+        char_gpt.replace_file(path, lambda file: file.write(b"another"))
         assert path.read_bytes() == b"another"
         file.write(b" run")
+
+    path = tmp_path / "model.pt"
+    char_gpt.replace_file(path, write)
     assert path.read_bytes() == b"one run" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("seconds_open", [3, 1000])
+def test_a_file_that_is_open_elsewhere_on_windows_is_replaced_later_or_left_beside(
+        tmp_path, monkeypatch, seconds_open):
+    """Windows does not replace a file that another program, a virus scanner for example, has open."""
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"old")
+    clock = [0]
+    replace = Path.replace
+
+    def windows_replace(self, target):
+        if clock[0] < seconds_open:
+            raise PermissionError(13, "Access is denied")
+        return replace(self, target)
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    monkeypatch.setattr(Path, "replace", windows_replace)
+    monkeypatch.setattr("time.sleep", sleep)
+    if seconds_open == 3:
+        char_gpt.replace_file(path, lambda file: file.write(b"new"))
+        assert path.read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
+    else:
+        with pytest.raises(char_gpt.UserError, match="open in another program") as error:
+            char_gpt.replace_file(path, lambda file: file.write(b"new"))
+        (new,) = set(tmp_path.iterdir()) - {path}
+        assert path.read_bytes() == b"old" and new.read_bytes() == b"new" and str(new) in str(error)
+        assert 5 < clock[0] < 60, "it is tried for some seconds"
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
