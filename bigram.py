@@ -78,11 +78,11 @@ def get_batch(data, config, step):
     B = config.batch_size
     T = config.block_size
     n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
-    steps_per_epoch = max(1, n_windows // B)  # a last batch that is not full is left out
+    steps_per_epoch = max(1, n_windows // B)  # leaves out a smaller last batch (not a single one)
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))  # separate from PyTorch's random numbers
     offset = rng.integers(len(data) - n_windows * T)  # at random, as long as the last window fits
-    order = rng.permutation(n_windows)
+    order = rng.permutation(n_windows)  # at random, so that a batch mixes parts of the whole text
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
     rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
     return rows[:, :-1], rows[:, 1:]
@@ -129,9 +129,10 @@ def count_bigrams(data, vocab_size, add=0):
     characters) occurs, and use the logarithms of the counts as scores. Softmax turns them into
     frequencies: exp(ln(count)) is the count, and it is divided by the sum of all counts in its row.
 
-    No table has a lower loss on this data. For row i, the gradient of the loss is proportional to
-    softmax(row i) minus its frequencies: zero when the two are equal. The loss is convex (shaped
-    like a bowl), so this is its minimum. Better models look further back, and need training.
+    No table has a lower loss on data. If j follows i, the derivative of -log softmax(row i)[j] with
+    respect to score k is softmax(row i)[k], minus 1 if k is j. Averaged over all places with i,
+    this is softmax(row i)[k] minus the frequency of k: zero when they are equal. The loss is convex
+    (like a bowl), so this is its minimum. Better models look further back, and need training.
     add=1 adds one to every count. Without it, the probability of a pair that is not in data would
     be 0, and one such pair in the validation text would make the loss infinite."""
     # The number of the pair (a, b) is its position in the table, with the rows laid end to end.

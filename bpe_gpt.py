@@ -45,7 +45,7 @@ class GPTConfig:
     n_head: int = 12  # attention heads per block; must divide n_embd
     n_embd: int = 768  # width: how many numbers represent a token inside the model
     block_size: int = 1024  # context: how many tokens the model can look at
-    dropout: float = 0.1  # fraction of embeddings and blocks' results set to zero in a step
+    dropout: float = 0.1  # fraction of what is added to the residual stream that is set to zero
     init: str = ""  # fine-tune gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a checkpoint
     batch_size: int = 16  # sequences that go through the model at once: lower it to save memory
     total_batch_size: int = 16384  # tokens per step, in total_batch_size // block_size rows
@@ -92,7 +92,7 @@ FINE_TUNING_SETTINGS = dict(
 # them all. GPT-2's tokens lie in between: strings of bytes that occur often, from a byte to a long
 # word. A text is first split into "words", so that no token joins a word and a comma: endings such
 # as 's; letters (\p{L}), digits (\p{N}) or other signs, with a space before them, which needs no
-# token then; and other white space, where (?!\S) leaves the last space before a word to that word.
+# token then; and other white space. Of three spaces before a word, \s+(?!\S) takes only two.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"  # a token that stands between texts
 
@@ -113,12 +113,12 @@ def train_bpe(text, vocab_size):
     ids = np.array([token for word in words for token in [*word.encode(), -1]], np.int32)
     times = np.array([n for word, n in words.items() for _ in [*word.encode(), -1]], np.int32)
     pair_counts = Counter()
-    heap = []  # of (-count, pair), some out of date; heappop() takes out the smallest
+    heap = []  # of (-count, pair); when a count has changed, the old entry is still there
 
     def count_pairs(starts, sign):  # adds (+1) or subtracts (-1) the pairs that begin there
         changes = Counter()
         for a, b, n in zip(ids[starts].tolist(), ids[starts + 1].tolist(), times[starts].tolist()):
-            if -1 not in (a, b):  # no pair reaches into another word
+            if -1 not in (a, b):  # no pair reaches into another word (ids[-1], too, is -1)
                 changes[a, b] += sign * n
         pair_counts.update(changes)  # adds the numbers
         for pair in changes:
@@ -128,11 +128,11 @@ def train_bpe(text, vocab_size):
     count_pairs(np.arange(len(ids) - 1), +1)
     tokens = [bytes([b]) for b in range(256)]
     while heap and len(tokens) < vocab_size - 1:  # the last one is the end-of-text token
-        count, pair = heapq.heappop(heap)
-        if pair_counts[pair] != -count:  # out of date
+        count, pair = heapq.heappop(heap)  # the smallest: the pair with the largest count
+        if pair_counts[pair] != -count:  # an old entry
             continue
         starts = find_pair(ids, pair)
-        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # each once; ids[-1] is -1
+        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # merges can share a pair
         ids[starts] = len(tokens)
         ids = np.delete(ids, starts + 1)
         times = np.delete(times, starts + 1)
@@ -155,8 +155,8 @@ def find_pair(ids, pair):
 
 def encode_word(word, ranks):
     """The tokens of a word, given as bytes; ranks has the number of each token. Again and again, of
-    all neighbours that together are a token, those are merged whose token was learned first: the
-    lowest number. If "lo", "ow", "er" were learned in this order, "lower" becomes lo w er."""
+    all neighbours that together are a token, those are merged whose token was learned first (lowest
+    number), as in learning. If "lo", "ow", "er" came in this order, "lower" becomes lo w er."""
     parts = [bytes([b]) for b in word]
     while len(parts) > 1:
         merged = [a + b for a, b in zip(parts, parts[1:])]
@@ -169,8 +169,8 @@ def encode_word(word, ranks):
 
 
 class BPETokenizer:
-    """A tokenizer for a list of tokens, as bytes, with the methods of CharTokenizer. It needs no
-    list of merges: encode_word() shows why. tiktoken does the same, but faster."""
+    """A tokenizer for a list of tokens, as bytes, with the methods of CharTokenizer. The order of
+    the tokens is that of the merges. tiktoken does what encode_word() shows, but faster."""
     def __init__(self, tokens):
         self.tokens = tokens
         ranks = {token: i for i, token in enumerate(tokens)}
@@ -234,7 +234,7 @@ class TextData:
 def pick_rows(n_rows, step, config):
     """The epoch of a step, and the numbers of its rows. In an epoch, each of the n_rows rows comes
     once, in random order. A step takes n, or all if they are fewer; a remainder is left out."""
-    n = max(N_PROCESSES, config.total_batch_size // config.block_size)  # rows per step
+    n = max(N_PROCESSES, config.total_batch_size // config.block_size)  # at least 1 per process
     steps_per_epoch = max(1, n_rows // n)
     epoch, i = divmod(step, steps_per_epoch)
     return epoch, shuffled(n_rows, config.seed, epoch)[i * n : (i + 1) * n]
@@ -363,8 +363,8 @@ class GPT(nn.Module):
         self.initialize(config)  # sets all matrices and biases, also those of your own modules
 
     def initialize(self, config):
-        """Random weights (parameters). With equal ones, all C numbers of a token would stay equal.
-        Small ones give almost a uniform guess. (0.02 is GPT-2's; there, wpe has 0.01.)"""
+        """Random weights (parameters): equal ones would get equal gradients, and so stay equal.
+        Small ones give roughly a uniform guess. (0.02 is GPT-2's; there, wpe has 0.01.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -496,8 +496,8 @@ class Muon(Optimizer):
 
     def update(self, grads, means):
         m = means[0]
-        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); orthogonalize() rescales it
-        ahead = grads.lerp(m, self.momentum)  # 0.95 m + 0.05 grads: this gradient counts twice
+        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); m's length will not matter
+        ahead = grads.lerp(m, self.momentum)  # Nesterov: m after one more step like this one
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
@@ -543,8 +543,8 @@ def evaluate(model, data):
 
 def training_step(model, optimizers, x, y, step, config, autocast):
     """One step of gradient descent; returns the loss."""
-    # The learning rates rise while the optimizers have seen few gradients, and then fall to
-    # zero in a straight line: large steps to get near a minimum, small ones to settle in it.
+    # The learning rates rise while the running means rest on few gradients, which are noisy. Then
+    # they fall to zero in a straight line: large steps to get near a minimum, small ones to settle.
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
     # Dropout sets some results in the model (no parameters) to zero, at random: it relies on none
@@ -562,7 +562,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
             _, mean = model(batch_x, batch_y)
         batch_loss = mean * (batch_y != -100).sum() / n_targets  # its part of the step's mean
         batch_loss.backward()
-        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # no rows: nan (gradients: 0)
+        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # without rows, a mean is nan
     if N_PROCESSES > 1:
         tensors = [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
         vector = nn.utils.parameters_to_vector(tensors)  # end to end, to be sent at once
@@ -661,7 +661,7 @@ def show_cost(config, model, train_data, last):
     """What the run will take, before it begins."""
     x, _ = train_data.training_batch(0)
     n_tokens = last["n_read"] + x.numel() * max(0, config.max_iters - last["step"])
-    passes = n_tokens * len(x) / x.numel() / train_data.n_rows
+    passes = n_tokens / x.shape[1] / train_data.n_rows  # rows read, by rows in the data
     gigabytes = 4 * 4 * sum(p.numel() for p in model.parameters()) / 1e9  # last, best, 2 means
     print(f"steps {last['step']:,} to {config.max_iters:,} of about {x.numel():,} tokens: "
           f"{n_tokens:,} in all, {passes:.2g} passes through the data; "
@@ -707,7 +707,7 @@ def utilization(model, config, tokens_per_second):
     second (see "What it costs" in char_gpt.py), as a fraction of those that are possible here."""
     device = model.lm_head.weight.device
     n_params = sum(p.numel() for p in model.parameters())
-    per_token = 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size
+    per_token = 3 * (2 * n_params + 4 * config.n_layer * config.n_embd * config.block_size)
     possible = N_PROCESSES * matrix_rate(device, pick_dtype(config.dtype, device))
     return per_token * tokens_per_second / possible
 
@@ -771,7 +771,7 @@ def build_model(checkpoint, config):
         state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: config.block_size]
     with torch.device("meta"):  # without memory: the tensors of state replace all parameters
         model = GPT(config)
-    loaded = {}  # what has several names in the model is one parameter: the first of these tensors
+    loaded = {}  # a parameter p with two names, as wte and lm_head, gets the first one's tensor
     for name, p in model.named_parameters(remove_duplicate=False):
         if name in state:
             state[name] = loaded.setdefault(p, nn.Parameter(state[name]))
@@ -823,7 +823,7 @@ def replace_file(path, write):
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())  # waits until all of it is on the disk
+            os.fsync(file.fileno())  # waits until it is on the disk, should the power fail next
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, RuntimeError) and error.__context__:
@@ -902,7 +902,7 @@ def join_processes(device):
     if N_PROCESSES > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", RANK)))
-        # torchrun keeps the store, in which processes meet. After a restart, the prefix is new.
+        # Processes meet in torchrun's store. If it restarts them, a new prefix hides old entries.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -969,8 +969,8 @@ def read_folder(path, tokenizer):
     if tokenizer is None or tokenizer.tokens != gpt2_tokenizer().tokens:
         raise UserError(f"{path} has GPT-2's tokens, not those of another vocabulary")
     parts = [np.memmap(f"{path}/{name}.bin", "<u2", "r") for name in ("train", "val")]
-    # Other programs write other tokens, a header, or 32-bit tokens: every second number is 0.
-    foreign = os.path.exists(f"{path}/meta.pkl")
+    # Other programs write 32-bit tokens (every second number is 0), a header, or other tokens.
+    foreign = os.path.exists(f"{path}/meta.pkl")  # nanoGPT's, of characters
     for tokens in parts:
         foreign |= tokens[:1024].max() >= GPTConfig.vocab_size or not tokens[1:1024:2].any()
     if foreign:
@@ -1000,7 +1000,7 @@ def new_checkpoint(config, tokenizer, train_data, val_data, trained):
         last=dict(step=0, n_read=0, seconds=0))  # what the next step depends on: see save()
 
 
-def main(load_data=load_tokens, more_settings={}):
+def main(load_data=load_tokens, more_settings={}):  # data/instruct.py passes others
     if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; lines come at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
@@ -1022,7 +1022,7 @@ def main(load_data=load_tokens, more_settings={}):
     train_data, val_data, tokenizer = load_data(config, tokenizer)
     if not config.init:
         config.vocab_size = len(tokenizer.tokens)  # fewer than asked for, if the text is short
-    torch.manual_seed(config.seed)  # for the initial weights
+    torch.manual_seed(config.seed)  # for the initial weights; train() restores a resumed run's
     model = (GPT(config) if resumed or not trained else build_model(trained, config)).to(device)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

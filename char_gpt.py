@@ -103,11 +103,11 @@ def get_batch(data, config, step):
     B = config.batch_size
     T = config.block_size
     n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
-    steps_per_epoch = max(1, n_windows // B)  # a last batch that is not full is left out
+    steps_per_epoch = max(1, n_windows // B)  # leaves out a smaller last batch (not a single one)
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))  # separate from PyTorch's random numbers
     offset = rng.integers(len(data) - n_windows * T)  # at random, as long as the last window fits
-    order = rng.permutation(n_windows)
+    order = rng.permutation(n_windows)  # at random, so that a batch mixes parts of the whole text
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
     rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
     return rows[:, :-1], rows[:, 1:]
@@ -121,7 +121,7 @@ class LayerNorm(nn.Module):
     """Shifts and scales the vector of each token to mean 0 and variance 1, however large it was.
     Then each of the C numbers is multiplied by a learned gain (weight) and a learned bias is added.
     So the next layer gets numbers of a steady size, which the gains set. (A mean over several
-    tokens would tell the earlier ones what is to come.) Ba, Kiros & Hinton 2016."""
+    tokens would tell the earlier ones of those that they must predict.) Ba, Kiros & Hinton 2016."""
     by_hand = False  # GPT sets it to config.by_hand
     def __init__(self, n_embd):
         super().__init__()
@@ -225,7 +225,7 @@ class Block(nn.Module):
 
     This makes deep models trainable (He et al. 2015): the derivative of x + f(x) is 1 + f'(x), and
     through the 1 the gradient reaches every block undiminished. Layer norm is only for what
-    attention and MLP read: on the stream itself, it would rescale this gradient in every block."""
+    attention and MLP read: on the stream, it would divide this gradient by std in every block."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd)
@@ -261,8 +261,8 @@ class GPT(nn.Module):
             module.by_hand = config.by_hand
 
     def initialize(self, config):
-        """Random weights (parameters). With equal ones, all C numbers of a token would stay equal.
-        Small ones give almost a uniform guess. (0.02 is GPT-2's; there, wpe has 0.01.)"""
+        """Random weights (parameters): equal ones would get equal gradients, and so stay equal.
+        Small ones give roughly a uniform guess. (0.02 is GPT-2's; there, wpe has 0.01.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -290,10 +290,10 @@ class GPT(nn.Module):
         # The loss of bigram.py. PyTorch's function takes (N, vocab_size) and (N,), with N = B * T.
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-# What it costs. A block has about 12 C^2 parameters, 4 C^2 in attention and 8 C^2 in the MLP. Per
-# token, each takes a multiplication and an addition; scores and weighted means add 2 T C each.
-# backward() takes twice as many: for y = W x, it finds the gradients of W and of x. Memory: 4 bytes
-# a number for parameters, gradients, means; for results kept for backward() 4, or 2 in bfloat16.
+# What it costs. A block has about 12 C^2 parameters: 4 C^2 in attention, 8 C^2 in MLP. For a token,
+# each takes a multiplication and an addition; scores take 2 T C operations, and weighted means as
+# many. backward() takes twice as many: for y = W x, the gradients of W and x. Memory: 4 bytes per
+# parameter, gradient, running mean (see below), and number kept for backward().
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -371,14 +371,14 @@ class Adam(Optimizer):
 def orthogonalize(x, rounds=4):
     """For Muon: brings n matrices, x (n, rows, columns), nearer to orthogonal (Newton-Schulz).
 
-    Every matrix X is a product U S V^T, its singular value decomposition: V^T takes the input apart
-    into perpendicular directions, S multiplies each by a number s, its strength (singular value),
-    and U turns them into directions of the output. If all s are 1, X is orthogonal. The strengths
-    can be changed without knowing U and V: U^T U and V^T V are the identity, so that X X^T X is U
-    S^3 V^T, and the strengths of a X + b (X X^T) X + c (X X^T)^2 X are a s + b s^3 + c s^5. With
-    the a, b, c below (Jordan et al. 2024), a small s becomes 3.4 times as large, and one from 0.2
-    to 1.2 gets to between 0.65 and 1.21. In four rounds, 0.1 becomes 0.340, 0.992, 0.707, 1.107,
-    and 0.001 becomes 0.003, 0.012, 0.041, 0.140: large strengths come near 1, tiny ones nearer."""
+    Every matrix X is a product U S V^T, its singular value decomposition: V^T rotates the input, S
+    multiplies each direction by a number s, its strength (singular value), and U rotates the
+    result. (Rotations change no lengths; U^T U and V^T V are the identity.) If all s are 1, X is
+    orthogonal. The strengths can be changed without knowing U and V:
+    X X^T X = (U S V^T) (V S U^T) (U S V^T) = U S^3 V^T, so that the strengths of the polynomial
+    a X + b (X X^T) X + c (X X^T)^2 X are a s + b s^3 + c s^5. With the a, b, c below (Jordan et al.
+    2024), a small s becomes 3.4 times as large, and one from 0.2 to 1.2 gets to between 0.65 and
+    1.21. In four rounds, 0.1 becomes 0.340, 0.992, 0.707, 1.107, and 0.001 becomes 0.140."""
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT  # transposed (U and V change places): X X^T is smaller then
@@ -400,12 +400,13 @@ class Muon(Optimizer):
 
     def update(self, grads, means):
         m = means[0]
-        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); orthogonalize() rescales it
-        ahead = grads.lerp(m, self.momentum)  # 0.95 m + 0.05 grads: this gradient counts twice
+        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); m's length will not matter
+        ahead = grads.lerp(m, self.momentum)  # Nesterov: m after one more step like this one
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
-        # If all strengths are 1 and rows >= columns, the output vector is as long as the input.
-        # With 4 times as many numbers, each is only half as large. The factor makes up for this.
+        # A matrix has a row for each output. If there are 4 times as many as inputs, and all s are
+        # 1, the output is as long as the input: each of its numbers is half as large. This factor
+        # makes up for that. (With fewer outputs than inputs, their numbers keep their size.)
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
 
 
@@ -436,8 +437,8 @@ def evaluate(model, data, config):
 
 def training_step(model, optimizers, x, y, step, config, autocast):
     """One step of gradient descent; returns the loss."""
-    # The learning rates rise while the optimizers have seen few gradients, and then fall to
-    # zero in a straight line: large steps to get near a minimum, small ones to settle in it.
+    # The learning rates rise while the running means rest on few gradients, which are noisy. Then
+    # they fall to zero in a straight line: large steps to get near a minimum, small ones to settle.
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
     model.train()  # undoes eval(). This and the seed are for dropout (random zeros), if you add it.
@@ -554,7 +555,7 @@ def replace_file(path, write):
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())  # waits until all of it is on the disk
+            os.fsync(file.fileno())  # waits until it is on the disk, should the power fail next
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, RuntimeError) and error.__context__:

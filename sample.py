@@ -185,8 +185,8 @@ def quote(tokenizer, token):
 
 @torch.no_grad()
 def next_log_probs(model, idx):
-    """For each token of idx (1, T), the log-probabilities of the next one: (T, vocab_size). After
-    the first context, windows overlap, so that each prediction sees at least half a context."""
+    """The log-probabilities of what follows each token of idx (1, T): (T, vocab_size). In a long
+    text, windows overlap, to see half a context: of size 4, from 0, 2, 4, with 4, 2, 2 rows."""
     size = model.context_size
     step = max(1, size // 2)
     rows = [model(idx[:, :size])[0][0]]
@@ -244,13 +244,13 @@ def attention_weights(model, ids):
 @torch.no_grad()
 def explore(model, tokenizer, ids, name, history, config):
     """Make a page for the browser out of data/explore.html: what the model does with ids."""
-    has_attention = hasattr(model, "transformer")  # or it is a bigram table, saved at the end
+    has_attention = hasattr(model, "transformer")  # or it is a bigram table
     limit = min(81, model.context_size) if has_attention else 81  # so that the page opens fast
     if len(ids) > limit:
         raise UserError(f"--explore takes {limit - 1} tokens at most, and here are {len(ids) - 1}")
     n_params = sum(p.numel() for p in model.parameters())
     about = f"{n_params:,} parameters"
-    if history:
+    if history:  # bigram.py saves the last table, the others their best weights
         saved = min(history, key=lambda row: row[3]) if has_attention else history[-1]
         about += f", validation loss {saved[3]:.4f} nats after {saved[0]:,} steps"
     log_probs = next_log_probs(model, torch.tensor([ids]))  # (T, vocab_size)
@@ -289,13 +289,13 @@ def explore(model, tokenizer, ids, name, history, config):
 
 
 def page_model(model, tokenizer, rounded):
-    """The tokens, and the weights in base64: 32-bit numbers or 16-bit integers with a scale."""
+    """For gpt2.js, which runs small models in the page: the tokens, and the weights in base64."""
     weights = []
     for name, p in model.named_parameters():
         scale = p.abs().max().item() / 32767 if rounded else 0
         numbers = (p / scale).round().short() if scale else p
         weights.append((name, base64.b64encode(numbers.detach().numpy().tobytes()).decode(), scale))
-    # With these, too, the page compares itself with PyTorch before it offers to run the model.
+    # Before it does, it compares its results with PyTorch's, for the text and for these tokens.
     check = torch.arange(min(81, model.context_size)).unsqueeze(0) % len(tokenizer.tokens)
     return {
         "check": check[0].tolist(), "check_scores": next_log_probs(model, check)[:, 0].tolist(),
@@ -428,8 +428,8 @@ def main():
     if config.curve:
         return show_curves(names, config.plot)
     model, tokenizer, checkpoint = load_model(names[0])
-    text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # the token before a text
-    before = [tokenizer.tokens.index(text_before.encode())]  # so that the first token is predicted
+    text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # what preceded texts
+    before = [tokenizer.tokens.index(text_before.encode())]  # to predict the first token from it
     if config.probs:
         return show_probs(model, tokenizer, before + tokenizer.encode(config.probs))
     if config.explore:

@@ -153,13 +153,15 @@ def test_orthogonalize_changes_the_strengths_and_no_direction(script, shape):
 
 def test_the_numbers_in_the_docstring_of_orthogonalize_are_right():
     text = " ".join(char_gpt.orthogonalize.__doc__.split())
-    examples = re.findall(r"([\d.]+) becomes ([\d.]+), ([\d.]+), ([\d.]+), ([\d.]+\d)", text)
-    assert [example[0] for example in examples] == ["0.1", "0.001"]
-    for example in examples:
-        s, *rounds = map(float, example)
-        for expected in rounds:
-            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-            assert s == pytest.approx(expected, abs=0.0006)
+    examples = re.findall(r"(0[\d.]+) becomes ((?:\d\.\d+,? ?)+)", text)
+    assert [s for s, _ in examples] == ["0.1", "0.001"]
+    for start, after in examples:
+        rounds = [float(start)]
+        for _ in range(4):
+            s = rounds[-1]
+            rounds.append(3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5)
+        expected = [float(number) for number in re.findall(r"\d\.\d+", after)]
+        assert rounds[-len(expected) :] == pytest.approx(expected, abs=0.0006)
 
 
 def test_rounds_of_newton_schulz_keep_strong_directions_between_0_7_and_1_2():
