@@ -364,6 +364,18 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(script, train, mon
     assert same(resumed, whole)
 
 
+@for_each_gpt
+def test_a_resumed_run_has_the_settings_with_which_it_began(script, train):
+    flags = FLAGS[script] + " --seed 7 --grad_clip 0.5 --weight_decay 0.05 --learning_rate 0.003"
+    flags += " --muon_learning_rate 0.01 --dtype float32 --no-compile --full"
+    begun = train(script, "x.pt", flags)["config"]
+    usual = vars(script.GPTConfig())
+    always = {"by_hand", "init", "resume", "vocab_size"}  # they are not given here
+    assert all(begun[name] != usual[name] for name in begun.keys() - always)
+    resumed = train(script, "x.pt", "--resume --max_iters 16")["config"]
+    assert resumed == begun | {"resume": True, "max_iters": 16}
+
+
 def test_dropout_that_a_reader_adds_is_at_work_and_a_stopped_run_goes_on_with_it(train, monkeypatch):
     plain = train(char_gpt, "plain.pt", FLAGS[char_gpt])
 
