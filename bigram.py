@@ -78,7 +78,7 @@ def get_batch(data, config, step):
     B = config.batch_size
     T = config.block_size
     n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
-    steps_per_epoch = max(1, n_windows // B)  # leaves out a smaller last batch (not a single one)
+    steps_per_epoch = max(1, n_windows // B)  # leaves out a small last batch, if not the first
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))  # separate from PyTorch's random numbers
     offset = rng.integers(len(data) - n_windows * T)  # at random, as long as the last window fits
@@ -129,10 +129,11 @@ def count_bigrams(data, vocab_size, add=0):
     characters) occurs, and use the logarithms of the counts as scores. Softmax turns them into
     frequencies: exp(ln(count)) is the count, and it is divided by the sum of all counts in its row.
 
-    No table has a lower loss on data. If j follows i, the derivative of -log softmax(row i)[j] with
-    respect to score k is softmax(row i)[k], minus 1 if k is j. Averaged over all places with i,
-    this is softmax(row i)[k] minus the frequency of k: zero when they are equal. The loss is convex
-    (like a bowl), so this is its minimum. Better models look further back, and need training.
+    No table has a lower loss on data. If j follows i, -log softmax(row i)[j] = -score j + log(sum
+    of exp(scores)), and its derivative with respect to score k is softmax(row i)[k], minus 1 if k
+    is j. Averaged over all places with i, the 1s become the frequency of k, and the gradient is
+    zero when softmax(row i) is equal to the frequencies. The loss is convex (shaped like a bowl),
+    so this is its minimum. Better models look further back, and need training.
     add=1 adds one to every count. Without it, the probability of a pair that is not in data would
     be 0, and one such pair in the validation text would make the loss infinite."""
     # The number of the pair (a, b) is its position in the table, with the rows laid end to end.

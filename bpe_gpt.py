@@ -45,7 +45,7 @@ class GPTConfig:
     n_head: int = 12  # attention heads per block; must divide n_embd
     n_embd: int = 768  # width: how many numbers represent a token inside the model
     block_size: int = 1024  # context: how many tokens the model can look at
-    dropout: float = 0.1  # fraction of what is added to the residual stream that is set to zero
+    dropout: float = 0.1  # fraction of embeddings and of attention's and MLPs' results set to zero
     init: str = ""  # fine-tune gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a checkpoint
     batch_size: int = 16  # sequences that go through the model at once: lower it to save memory
     total_batch_size: int = 16384  # tokens per step, in total_batch_size // block_size rows
@@ -91,8 +91,8 @@ FINE_TUNING_SETTINGS = dict(
 # Sequences of characters are long, and each character says little; there are too many words to list
 # them all. GPT-2's tokens lie in between: strings of bytes that occur often, from a byte to a long
 # word. A text is first split into "words", so that no token joins a word and a comma: endings such
-# as 's; letters (\p{L}), digits (\p{N}) or other signs, with a space before them, which needs no
-# token then; and other white space. Of three spaces before a word, \s+(?!\S) takes only two.
+# as 's; letters (\p{L}), digits (\p{N}) or other signs, together with a space before them, if there
+# is one; and other white space. (In that, \s+(?!\S) leaves the last space to the word after it.)
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"  # a token that stands between texts
 
@@ -118,7 +118,7 @@ def train_bpe(text, vocab_size):
     def count_pairs(starts, sign):  # adds (+1) or subtracts (-1) the pairs that begin there
         changes = Counter()
         for a, b, n in zip(ids[starts].tolist(), ids[starts + 1].tolist(), times[starts].tolist()):
-            if -1 not in (a, b):  # no pair reaches into another word (ids[-1], too, is -1)
+            if -1 not in (a, b):  # no pair reaches into another word; if a start is -1, a is -1
                 changes[a, b] += sign * n
         pair_counts.update(changes)  # adds the numbers
         for pair in changes:
@@ -132,7 +132,7 @@ def train_bpe(text, vocab_size):
         if pair_counts[pair] != -count:  # an old entry
             continue
         starts = find_pair(ids, pair)
-        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # merges can share a pair
+        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # o-l in lolo: only once
         ids[starts] = len(tokens)
         ids = np.delete(ids, starts + 1)
         times = np.delete(times, starts + 1)
@@ -199,7 +199,7 @@ def gpt2_tokenizer():
 class TextData:
     """Tokens, in batches of windows of block_size tokens, which depend only on seed and step."""
     prompts = ["\n"]  # what report() lets the model continue
-    max_evaluated = 1_000_000  # tokens, or a few more
+    max_evaluated = 1_000_000  # at most so many tokens, or a few more
     def __init__(self, tokens, config):
         if len(tokens) < 2:
             raise UserError("the text is too short: a part of it has fewer than two tokens")
@@ -547,8 +547,8 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     # they fall to zero in a straight line: large steps to get near a minimum, small ones to settle.
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
-    # Dropout sets some results in the model (no parameters) to zero, at random: it relies on none
-    # of them then, and overfits less. The others are divided by 1 - dropout, to keep the mean.
+    # Dropout sets some results in the model (no parameters) to zero at random: it cannot rely on
+    # any of them, and overfits less. The others are divided by 1 - dropout, to keep the mean.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()  # turns dropout on; model.eval() turns it off
     model.zero_grad()
@@ -562,7 +562,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
             _, mean = model(batch_x, batch_y)
         batch_loss = mean * (batch_y != -100).sum() / n_targets  # its part of the step's mean
         batch_loss.backward()
-        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # without rows, a mean is nan
+        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # if it has no rows: nan
     if N_PROCESSES > 1:
         tensors = [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
         vector = nn.utils.parameters_to_vector(tensors)  # end to end, to be sent at once
@@ -679,7 +679,7 @@ def bytes_per_token(data, tokenizer):
 
 
 def describe(loss, bytes_per_token):
-    """Loss, perplexity (the loss is that of a uniform guess among this many), bits per byte."""
+    """Loss, perplexity (exp(loss): a uniform guess among as many has this loss), bits per byte."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits/byte)"
 
@@ -714,10 +714,10 @@ def utilization(model, config, tokens_per_second):
 
 @lru_cache  # measured only once
 def matrix_rate(device, dtype):
-    """Operations per second in a product of two large matrices: the best of 20."""
+    """Operations per second in a large matrix product, the best of 20. (item() waits for a GPU.)"""
     n = 8192 if device.type == "cuda" else 1024
     x = torch.randn(n, n, device=device, dtype=dtype)
-    seconds = timeit.repeat(lambda: (x @ x)[0, 0].item(), repeat=20, number=1)  # waits for the GPU
+    seconds = timeit.repeat(lambda: (x @ x)[0, 0].item(), repeat=20, number=1)
     return 2 * n**3 / min(seconds)
 
 # ---- Published weights --------------------------------------------------------------------------
@@ -765,7 +765,7 @@ def build_model(checkpoint, config):
         if getattr(config, name) != size and (name != "block_size" or config.block_size > size):
             raise UserError(f"--{name} is {size} in this model")
     state = dict(checkpoint["model"])
-    # Published files have only wte. lm_head gets a copy, in case your model does not tie the two.
+    # Published models may have only wte. lm_head gets a copy, in case yours does not tie the two.
     state["lm_head.weight"] = state.get("lm_head.weight", state["transformer.wte.weight"]).clone()
     if "transformer.wpe.weight" in state:
         state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: config.block_size]
@@ -987,7 +987,7 @@ def must_match(config, train_data, val_data):
 
 
 def new_checkpoint(config, tokenizer, train_data, val_data, trained):
-    before = END_OF_TEXT if os.path.isdir(config.data) else "\n"
+    before = END_OF_TEXT if os.path.isdir(config.data) else "\n"  # what stood before texts
     return dict(
         written_by="bpe_gpt", config=vars(config), vocab=tokenizer.tokens,
         text_before=trained["text_before"] if trained else before,  # see sample.py

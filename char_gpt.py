@@ -103,7 +103,7 @@ def get_batch(data, config, step):
     B = config.batch_size
     T = config.block_size
     n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
-    steps_per_epoch = max(1, n_windows // B)  # leaves out a smaller last batch (not a single one)
+    steps_per_epoch = max(1, n_windows // B)  # leaves out a small last batch, if not the first
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))  # separate from PyTorch's random numbers
     offset = rng.integers(len(data) - n_windows * T)  # at random, as long as the last window fits
@@ -120,8 +120,8 @@ def get_batch(data, config, step):
 class LayerNorm(nn.Module):
     """Shifts and scales the vector of each token to mean 0 and variance 1, however large it was.
     Then each of the C numbers is multiplied by a learned gain (weight) and a learned bias is added.
-    So the next layer gets numbers of a steady size, which the gains set. (A mean over several
-    tokens would tell the earlier ones of those that they must predict.) Ba, Kiros & Hinton 2016."""
+    So the next layer gets numbers of a steady size, which the gains set. (A mean over all tokens
+    would also tell a token about those that it has to predict.) Ba, Kiros & Hinton 2016."""
     by_hand = False  # GPT sets it to config.by_hand
     def __init__(self, n_embd):
         super().__init__()
@@ -225,7 +225,7 @@ class Block(nn.Module):
 
     This makes deep models trainable (He et al. 2015): the derivative of x + f(x) is 1 + f'(x), and
     through the 1 the gradient reaches every block undiminished. Layer norm is only for what
-    attention and MLP read: on the stream, it would divide this gradient by std in every block."""
+    attention and MLP read: on the stream, its division by std would also divide the gradient."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd)
@@ -290,10 +290,11 @@ class GPT(nn.Module):
         # The loss of bigram.py. PyTorch's function takes (N, vocab_size) and (N,), with N = B * T.
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-# What it costs. A block has about 12 C^2 parameters: 4 C^2 in attention, 8 C^2 in MLP. For a token,
-# each takes a multiplication and an addition; scores take 2 T C operations, and weighted means as
-# many. backward() takes twice as many: for y = W x, the gradients of W and x. Memory: 4 bytes per
-# parameter, gradient, running mean (see below), and number kept for backward().
+# What it costs. A block has about 12 C^2 parameters: 4 C^2 in attention, 8 C^2 in the MLP. For each
+# token, a parameter takes a multiplication and an addition. In all heads together, the dot products
+# of its query with T keys take 2 T C operations, and the weighted mean of T values as many.
+# backward() takes twice as many: for y = W x, the gradients of W and of x each cost as much as y.
+# Memory: 4 bytes per parameter, gradient, running mean (see below) and result kept for backward().
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -404,9 +405,8 @@ class Muon(Optimizer):
         ahead = grads.lerp(m, self.momentum)  # Nesterov: m after one more step like this one
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
-        # A matrix has a row for each output. If there are 4 times as many as inputs, and all s are
-        # 1, the output is as long as the input: each of its numbers is half as large. This factor
-        # makes up for that. (With fewer outputs than inputs, their numbers keep their size.)
+        # A matrix has a row for each output. With 4 times as many outputs as inputs, and all s = 1,
+        # the output is as long as the input, but each number is half as large: hence this factor.
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
 
 

@@ -92,7 +92,7 @@ def choose(logits, config):
 def beam_search(model, idx, max_new_tokens, width, end):
     """Search for the likeliest text that begins with idx (1, T): extend each of the `width` best
     texts by every token, keep the `width` best of the results, repeat. A text is finished by the
-    token `end`, or after max_new_tokens; the search ends when `width` or more are. Returns their
+    token `end`, or after max_new_tokens; the search ends when `width` are finished. Returns their
     new tokens, the best text first. (The likeliest text is often dull, and repeats itself.)
 
     The score of a text is its log-probability, the sum of those of its tokens. Every token lowers
@@ -127,12 +127,11 @@ def beam_search(model, idx, max_new_tokens, width, end):
 def continuations(model, idx, end, config):
     """The texts that continue idx (1, T), each as an iterable of tokens."""
     if config.beam:
-        texts = beam_search(model, idx, config.max_new_tokens, config.beam, end)
-        return texts[: config.num_samples]
+        return beam_search(model, idx, config.max_new_tokens, config.beam, end)[:config.num_samples]
     generate = bpe_gpt.generate if isinstance(model, bpe_gpt.GPT) else char_gpt.generate
     idx = idx.repeat(config.num_samples, 1)
     columns = generate(model, idx, config.max_new_tokens, lambda logits: choose(logits, config))
-    # All texts grow together, by one column (B, 1) at a time, which tee() keeps for each of them.
+    # A column (B, 1) has a token of each text. tee() keeps it until all texts have been read.
     copies = itertools.tee(columns, config.num_samples)
     return [read_row(i, copy) for i, copy in enumerate(copies)]
 
@@ -185,8 +184,9 @@ def quote(tokenizer, token):
 
 @torch.no_grad()
 def next_log_probs(model, idx):
-    """The log-probabilities of what follows each token of idx (1, T): (T, vocab_size). In a long
-    text, windows overlap, to see half a context: of size 4, from 0, 2, 4, with 4, 2, 2 rows."""
+    """The log-probabilities of what follows each token of idx (1, T): (T, vocab_size). A long text
+    is read in windows that overlap: with T = 8 and a context of 4, they begin at 0, 2 and 4. After
+    the first, only their last 2 rows are used: these tokens see at least half a context."""
     size = model.context_size
     step = max(1, size // 2)
     rows = [model(idx[:, :size])[0][0]]
@@ -284,18 +284,19 @@ def explore(model, tokenizer, ids, name, history, config):
     script = (bpe_gpt.DATA / "gpt2.js").read_text(encoding="utf-8")
     html = html.replace("/* data/gpt2.js comes here */", script)
     html = html.replace('id="data">', f'id="data">{data}')
-    bpe_gpt.replace_file(config.plot, lambda file: file.write(html.encode()))
-    print(f"saved {config.plot}: open it in a browser")
+    path = config.plot or "explore.html"
+    bpe_gpt.replace_file(path, lambda file: file.write(html.encode()))
+    print(f"saved {path}: open it in a browser")
 
 
 def page_model(model, tokenizer, rounded):
     """For gpt2.js, which runs small models in the page: the tokens, and the weights in base64."""
     weights = []
     for name, p in model.named_parameters():
-        scale = p.abs().max().item() / 32767 if rounded else 0
+        scale = p.abs().max().item() / 32767 if rounded else 0  # for 16-bit integers
         numbers = (p / scale).round().short() if scale else p
         weights.append((name, base64.b64encode(numbers.detach().numpy().tobytes()).decode(), scale))
-    # Before it does, it compares its results with PyTorch's, for the text and for these tokens.
+    # Before it runs the model, the page compares its results with PyTorch's, also for these tokens.
     check = torch.arange(min(81, model.context_size)).unsqueeze(0) % len(tokenizer.tokens)
     return {
         "check": check[0].tolist(), "check_scores": next_log_probs(model, check)[:, 0].tolist(),
@@ -428,17 +429,17 @@ def main():
     if config.curve:
         return show_curves(names, config.plot)
     model, tokenizer, checkpoint = load_model(names[0])
-    text_before = checkpoint.get("text_before", checkpoint["vocab"][0])  # what preceded texts
-    before = [tokenizer.tokens.index(text_before.encode())]  # to predict the first token from it
+    # The token that stood before texts in training. From it, a text's first token is predicted.
+    text_before = checkpoint.get("text_before", checkpoint["vocab"][0])
+    before = [tokenizer.tokens.index(text_before.encode())]
     if config.probs:
         return show_probs(model, tokenizer, before + tokenizer.encode(config.probs))
     if config.explore:
         ids = before + tokenizer.encode(config.explore.replace("\r\n", "\n").replace("\r", "\n"))
-        config.plot = config.plot or "explore.html"
         return explore(model, tokenizer, ids, names[0], checkpoint.get("history"), config)
     if config.shapes:
         return show_shapes(model, tokenizer.encode(config.shapes))
-    templates = checkpoint.get("templates")  # of prompts, if it was trained on instructions
+    templates = checkpoint.get("templates")  # without and with input, if trained on instructions
     if (config.instruct or config.input) and not templates:
         raise UserError(f"{names[0]} was not trained on instructions: see data/instruct.py")
     device = pick_device(config.device)

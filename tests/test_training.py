@@ -611,9 +611,12 @@ def test_an_edited_text_is_refused_on_resuming_even_if_the_first_batch_is_the_sa
     for place in (10, len(text) // 2, 5000):  # all in the training part
         edited = text[:place] + text[place + 1] + text[place] + text[place + 2 :]
         if edited != text:
-            (tmp_path / "edited.txt").write_text(edited, encoding="utf-8")
+            (tmp_path / "play.txt").write_text(edited, encoding="utf-8")
             with pytest.raises(ValueError, match="began with another text"):
-                train(script, "x.pt", "--resume --max_iters 8 --data edited.txt")
+                train(script, "x.pt", "--resume --max_iters 8")
+    (tmp_path / "moved.txt").write_text(text, encoding="utf-8")
+    resumed = train(script, "x.pt", "--resume --max_iters 8 --data moved.txt")
+    assert resumed["last"]["step"] == 8, "the same text, in another place"
 
 
 @pytest.mark.parametrize("first, then", [("0.02", "0"), ("0", "0.02")])
