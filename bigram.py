@@ -1,8 +1,8 @@
 """Bigram language model: predict the next character from the current one alone.
 
 The model is a table of 65 x 65 scores: row i says how likely each character is to follow the i-th.
-The rest is what OpenAI's GPT-2 needs, too: text as integers, batches, a loss, gradient descent,
-validation and sampling. char_gpt.py replaces the table by a transformer, GPT-2's kind of network.
+The rest is needed for OpenAI's GPT-2, too: text as integers, batches, a loss, gradient descent,
+validation and sampling. char_gpt.py replaces the table with a transformer, GPT-2's kind of network.
 
     python bigram.py                       # 4 seconds on two CPU cores
     python bigram.py --data my_text.txt    # any text file in UTF-8
@@ -32,7 +32,7 @@ class BigramConfig:
     batch_size: int = 32  # sequences per step
     max_iters: int = 1000  # steps of gradient descent
     eval_interval: int = 250  # steps between evaluations
-    learning_rate: float = 200.0  # the first step is this times the gradient; it falls to zero
+    learning_rate: float = 200.0  # the gradient is multiplied by this, which falls to zero
     seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
     data: str = ""  # text file to learn from; default: Tiny Shakespeare
     out: str = "out/bigram.pt"  # checkpoint: the trained model, for sample.py
@@ -72,13 +72,13 @@ def get_batch(data, config, step):
     row of x is a window of T = block_size tokens, and the row of y is the same window one token
     later: y[b, t] is the token that follows x[b, t]. So every row holds T tokens to predict.
 
-    An epoch is one pass through the data, in windows that come in random order. With 21 tokens and
-    T = 4, for example, they begin at 0, 4, 8, 12, or at 3, 7, 11, 15: another random offset in each
-    epoch gives other windows. All of this depends only on seed and step: a run can be repeated."""
+    An epoch is one pass through the data, taking the windows in random order. With 21 tokens and
+    T = 4, for example, they begin at 0, 4, 8, 12, or at 3, 7, 11, 15: each epoch has a new random
+    offset, and so new windows. All of this depends only on seed and step: a run can be repeated."""
     B = config.batch_size
     T = config.block_size
     n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
-    steps_per_epoch = max(1, n_windows // B)  # leaves out a small last batch, if not the first
+    steps_per_epoch = max(1, n_windows // B)  # drops a partial last batch unless it is the only one
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))  # separate from PyTorch's random numbers
     offset = rng.integers(len(data) - n_windows * T)  # at random, as long as the last window fits
@@ -93,8 +93,8 @@ def cross_entropy(logits, targets):
     """The loss: minus the logarithm of the probability that the model gave to the token that really
     came next, averaged over all positions. (The probability of a whole text is a product of such
     probabilities. The logarithm turns it into a sum.) A model that is certain and right has a loss
-    of 0; one that guesses uniformly among 65 characters has -ln(1/65) = ln(65) = 4.17. The share of
-    right guesses would not do as a loss: small changes of the scores do not change it.
+    of 0; one that guesses uniformly among 65 characters has -ln(1/65) = ln(65) = 4.17. Accuracy
+    (the share of right guesses) is no use as a loss: small changes in the scores rarely change it.
 
     The logits (B, T, V) are scores, one for each of the V tokens in the vocabulary. Softmax turns
     them into probabilities: exp(score), divided by the sum of all exp(score). targets is (B, T)."""
@@ -106,8 +106,8 @@ def cross_entropy(logits, targets):
 
 class BigramLanguageModel(nn.Module):
     """Row i of the table holds the scores of all characters that may follow character i. The table
-    is an nn.Embedding, a matrix of parameters whose rows are looked up by number. (This is the
-    same as a product: a vector with a 1 at this number and zeros elsewhere, times the matrix.) An
+    is an nn.Embedding, a matrix of parameters whose rows are looked up by number. (Looking up row i
+    is the same as multiplying a vector with a 1 at i and zeros elsewhere by the matrix.) An
     nn.Module keeps track of its parameters; calling it, as in model(idx), calls its forward()."""
     context_size = 1  # how many tokens the model looks at to predict the next one
 
@@ -179,8 +179,8 @@ def evaluate(model, data, config):
 
 def train(model, train_data, val_data, tokenizer, config, checkpoint):
     """Gradient descent. The gradient says how the loss changes if a parameter is changed a little:
-    move each one a small step against its gradient, and the loss falls. Then the next batch. The
-    history of the losses is kept in checkpoint, the dict that main() makes and saves."""
+    move each one a small step against its gradient, and the loss falls. Then comes the next batch.
+    The history of losses is kept in checkpoint, the dict that main() makes and saves."""
     losses = []  # of the steps since the last evaluation: their mean is the training loss
     for step in range(config.max_iters):
         x, y = get_batch(train_data, config, step)
@@ -212,7 +212,7 @@ def report(checkpoint, model, tokenizer, config):
     bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]  # [1]: of the validation text
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
     torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
-    # There must be something to continue: token 0, which in Shakespeare is the line break.
+    # The model needs a token to start from: token 0, which in Shakespeare is the line break.
     first = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     ids = [new.item() for new in generate(model, first, 100)]
     print("    | " + tokenizer.decode(ids).strip().replace("\n", "\n    | "))
@@ -227,7 +227,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 class UserError(ValueError):
-    """A mistake of the user's, shown as one line. An error in the code shows where it arose."""
+    """A mistake by the user, shown as one line. Errors in the code still show a full traceback."""
 
 
 def load_text(path):
@@ -264,10 +264,10 @@ def parse_flags(Config):
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; lines come at once
+    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; lines appear at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     config = BigramConfig(**parse_flags(BigramConfig))
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # so that an error comes at once
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # fail now, not after training
     text = load_text(config.data)
     tokenizer = CharTokenizer(text)
     config.vocab_size = V = len(tokenizer.chars)

@@ -51,11 +51,11 @@ class GPTConfig:
     total_batch_size: int = 16384  # tokens per step, in total_batch_size // block_size rows
     max_iters: int = 400  # steps of gradient descent
     eval_interval: int = 50  # steps between evaluations
-    learning_rate: float = 0.001  # of AdamW, for embeddings, gains and biases
-    muon_learning_rate: float = 0.02  # of Muon, for the matrices in the blocks; 0: AdamW for all
+    learning_rate: float = 0.001  # for AdamW, which updates embeddings, gains and biases
+    muon_learning_rate: float = 0.02  # for Muon: the matrices in the blocks; 0: use AdamW for all
     warmup_iters: int = 50  # steps over which the learning rates rise from zero
     weight_decay: float = 0.1  # pulls matrices and embeddings towards zero, against overfitting
-    grad_clip: float = 1.0  # limit on the length of the gradient, over all parameters; 0: none
+    grad_clip: float = 1.0  # maximum norm of the gradient of all parameters together; 0: no limit
     seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model, even where a small one is the default
     device: str = "auto"  # cuda, mps or cpu
@@ -65,7 +65,7 @@ class GPTConfig:
     data: str = ""  # text file, or folder of train.bin and val.bin; default: Tiny Shakespeare
     out: str = "out/bpe_gpt.pt"  # checkpoint, for sample.py, --resume and --init
 
-SIZES = {  # the published models; vocab_size and block_size are those above in all of them
+SIZES = {  # the published models; all of them have the vocab_size and block_size given above
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124,439,808 parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 354,823,168
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774,030,080
@@ -77,22 +77,22 @@ CPU_SETTINGS = dict(  # on anything but a CUDA GPU: a smaller model, 5.5 minutes
     total_batch_size=2048, max_iters=2100, eval_interval=300, learning_rate=0.002,
     muon_learning_rate=0.025, warmup_iters=10, weight_decay=0.15)
 # For a folder of tokens (see data/prepare.py): half a million per step, like the small GPT-3 (Brown
-# et al. 2020); Muon's rate and decay as in modded-nanogpt; what is read once needs no dropout.
+# et al. 2020); Muon's rate and decay as in modded-nanogpt; no dropout, as the data is read once.
 FOLDER_SETTINGS = dict(
     vocab_size=50257, dropout=0.0, batch_size=32, total_batch_size=2**19, eval_interval=250,
     learning_rate=0.003, muon_learning_rate=0.02, weight_decay=0.01)
-# A few small steps, so that GPT-2 keeps its English. (Muon's would be large in all directions.)
+# A few small steps, so that GPT-2 keeps its English. (Muon's steps are large in all directions.)
 FINE_TUNING_SETTINGS = dict(
     batch_size=1, total_batch_size=2048, max_iters=40, eval_interval=20, learning_rate=5e-5,
     muon_learning_rate=0.0, warmup_iters=5)
 
 # ---- Tokens -------------------------------------------------------------------------------------
 
-# Sequences of characters are long, and each character says little; there are too many words to list
-# them all. GPT-2's tokens lie in between: strings of bytes that occur often, from a byte to a long
-# word. A text is first split into "words", so that no token joins a word and a comma: endings such
-# as 's; letters (\p{L}), digits (\p{N}) or other signs, together with a space before them, if there
-# is one; and other white space. (In that, \s+(?!\S) leaves the last space to the word after it.)
+# Sequences of characters are long, and each character says little; words are too many to list. So
+# GPT-2's tokens lie in between: frequent strings of bytes, from a single byte to a long word. First
+# the text is split into "words", so that no token joins a word and a comma. A "word" is an ending
+# such as 's; a run of letters (\p{L}), digits (\p{N}) or other signs, along with a space before it;
+# or other white space. Of three spaces before a word, \s+(?!\S) takes two and leaves it the third.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"  # a token that stands between texts
 
@@ -106,8 +106,8 @@ def train_bpe(text, vocab_size):
     For example, "low lower lowest" is split into "low", " lower" and " lowest". The pairs l-o and
     o-w occur three times each. In a tie, the smaller pair of numbers comes first, so l-o
     becomes the token "lo". The next merges are lo-w (three times), space-low and " low"-e (twice
-    each). Then no pair occurs twice, and learning ends. To count all pairs again after each merge
-    would take hours, so only the counts of the merged pairs and those beside them are changed."""
+    each). Then no pair occurs twice, and learning ends. Counting all pairs again after each merge
+    would take hours, so only the counts of the merged pairs and their neighbours are updated."""
     words = Counter(regex.findall(WORDS, text))
     # The tokens of all distinct words, -1 after each word; for each position, the word's count.
     ids = np.array([token for word in words for token in [*word.encode(), -1]], np.int32)
@@ -132,7 +132,7 @@ def train_bpe(text, vocab_size):
         if pair_counts[pair] != -count:  # an old entry
             continue
         starts = find_pair(ids, pair)
-        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # o-l in lolo: only once
+        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # o-l in lolo: just once
         ids[starts] = len(tokens)
         ids = np.delete(ids, starts + 1)
         times = np.delete(times, starts + 1)
@@ -154,9 +154,9 @@ def find_pair(ids, pair):
 
 
 def encode_word(word, ranks):
-    """The tokens of a word, given as bytes; ranks has the number of each token. Again and again, of
-    all neighbours that together are a token, those are merged whose token was learned first (lowest
-    number), as in learning. If "lo", "ow", "er" came in this order, "lower" becomes lo w er."""
+    """The tokens of a word, given as bytes; ranks has the number of each token. As in learning, one
+    pair of neighbours is merged at a time: the pair whose token was learned first (lowest number).
+    If "lo", "ow" and "er" were learned in this order, "lower" becomes lo w er."""
     parts = [bytes([b]) for b in word]
     while len(parts) > 1:
         merged = [a + b for a, b in zip(parts, parts[1:])]
@@ -203,7 +203,7 @@ class TextData:
     def __init__(self, tokens, config):
         if len(tokens) < 2:
             raise UserError("the text is too short: a part of it has fewer than two tokens")
-        # To recognize the text when a run is resumed: size, beginning and end are enough.
+        # A hash by which to recognize the text when a run is resumed; these parts are enough.
         parts = [tokens[: 2**19], tokens[-(2**19) :], [len(tokens)]]
         self.hash = hashlib.sha256(np.concatenate(parts).tobytes()).hexdigest()
         self.tokens = tokens
@@ -233,14 +233,14 @@ class TextData:
 
 def pick_rows(n_rows, step, config):
     """The epoch of a step, and the numbers of its rows. In an epoch, each of the n_rows rows comes
-    once, in random order. A step takes n, or all if they are fewer; a remainder is left out."""
+    once, in random order. A step takes n rows, or all if there are fewer; the rest is left out."""
     n = max(N_PROCESSES, config.total_batch_size // config.block_size)  # at least 1 per process
     steps_per_epoch = max(1, n_rows // n)
     epoch, i = divmod(step, steps_per_epoch)
     return epoch, shuffled(n_rows, config.seed, epoch)[i * n : (i + 1) * n]
 
 
-@lru_cache(maxsize=2)  # to shuffle millions of rows takes a second: once per epoch is enough
+@lru_cache(maxsize=2)  # shuffling millions of rows takes a second: once per epoch is enough
 def shuffled(n_rows, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n_rows)
 
@@ -354,7 +354,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": LayerNorm(config.n_embd),  # f for final: rescales x, a sum of many results
         })
-        # The output layer, from vectors to scores. (lm: language model; it is no attention head.)
+        # The output layer, from vectors to scores. (lm: language model; not an attention head.)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # as in GPT-2
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
@@ -364,7 +364,7 @@ class GPT(nn.Module):
 
     def initialize(self, config):
         """Random weights (parameters): equal ones would get equal gradients, and so stay equal.
-        Small ones give roughly a uniform guess. (0.02 is GPT-2's; there, wpe has 0.01.)"""
+        Small ones make the first guess nearly uniform. (GPT-2 uses 0.02 too, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -520,7 +520,7 @@ def make_optimizers(model, config):
 # ---- Training -----------------------------------------------------------------------------------
 
 # torchrun starts several processes, one per GPU, with the same model. Each computes the gradient
-# for its share of a step's rows; the sum over all is that of the step, so the models stay equal.
+# for its share of a step's rows; then all use the sum of these gradients, so the models stay equal.
 RANK = int(os.environ.get("RANK") or 0)  # the number of this process; number 0 prints and saves
 N_PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
 
@@ -543,12 +543,12 @@ def evaluate(model, data):
 
 def training_step(model, optimizers, x, y, step, config, autocast):
     """One step of gradient descent; returns the loss."""
-    # The learning rates rise while the running means rest on few gradients, which are noisy. Then
-    # they fall to zero in a straight line: large steps to get near a minimum, small ones to settle.
+    # The learning rates rise while the running means are based on only a few, noisy gradients. Then
+    # they fall linearly to zero: large steps to get near a minimum, and small ones to settle there.
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
-    # Dropout sets some results in the model (no parameters) to zero at random: it cannot rely on
-    # any of them, and overfits less. The others are divided by 1 - dropout, to keep the mean.
+    # Dropout sets some activations (not parameters) to zero at random, so the model cannot rely
+    # on any one, and overfits less. The others are divided by 1 - dropout, to keep the mean.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()  # turns dropout on; model.eval() turns it off
     model.zero_grad()
@@ -582,7 +582,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # The compiled model is faster, but each new shape of x, as in evaluate(), costs it a minute.
+    # Compiling makes the model faster but takes a minute for each new shape of x, as in evaluate().
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
@@ -641,7 +641,7 @@ def save(checkpoint, started, model, optimizers, path):
 
 
 def restore(last, model, optimizers):
-    """Go back to "last". Returns step, tokens read, and a start time as if without a break."""
+    """Go back to "last". Returns step, tokens read, and the start time, adjusted for the break."""
     if last["step"] > 0:
         model.load_state_dict(last["model"])
         for optimizer, means in zip(optimizers, last["optimizers"], strict=True):
@@ -658,10 +658,10 @@ def write_log(log, path):
 
 
 def show_cost(config, model, train_data, last):
-    """What the run will take, before it begins."""
+    """Print how many tokens the run will read, and how much it will save, before it begins."""
     x, _ = train_data.training_batch(0)
     n_tokens = last["n_read"] + x.numel() * max(0, config.max_iters - last["step"])
-    passes = n_tokens / x.shape[1] / train_data.n_rows  # rows read, by rows in the data
+    passes = n_tokens / x.shape[1] / train_data.n_rows  # rows read, divided by rows in the data
     gigabytes = 4 * 4 * sum(p.numel() for p in model.parameters()) / 1e9  # last, best, 2 means
     print(f"steps {last['step']:,} to {config.max_iters:,} of about {x.numel():,} tokens: "
           f"{n_tokens:,} in all, {passes:.2g} passes through the data; "
@@ -679,7 +679,7 @@ def bytes_per_token(data, tokenizer):
 
 
 def describe(loss, bytes_per_token):
-    """Loss, perplexity (exp(loss): a uniform guess among as many has this loss), bits per byte."""
+    """Loss, perplexity (a uniform guess among exp(loss) tokens has this loss), bits per byte."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits/byte)"
 
@@ -722,7 +722,7 @@ def matrix_rate(device, dtype):
 
 # ---- Published weights --------------------------------------------------------------------------
 
-# This part reads files, and can be skipped. The names in them are ours, or lack "transformer.". The
+# This part reads files, and can be skipped. Names in them may lack our prefix "transformer.". The
 # matrices below are transposed: OpenAI's layers compute x @ weight, nn.Linear x @ weight.T.
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
@@ -780,8 +780,8 @@ def build_model(checkpoint, config):
 
 
 def read_safetensors(path):
-    """The parameters by our names, in our shapes, in float32. The file has 8 bytes with the length
-    of the header; the header, in JSON, which says where each tensor lies; and the numbers."""
+    """The parameters with our names and shapes, in float32. The file has 8 bytes with the length of
+    the header; then the header, in JSON, which says where each tensor lies; then the numbers."""
     data = np.memmap(path, np.uint8, mode="c")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes()) if start < len(data) else {}
@@ -811,19 +811,19 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 class UserError(ValueError):
-    """A mistake of the user's, shown as one line. An error in the code shows where it arose."""
+    """A mistake by the user, shown as one line. Errors in the code still show a full traceback."""
 
 
 def replace_file(path, write):
-    """Write a file with write(file). It replaces the one at path when it is complete: whatever
-    happens before, path is either the old file or the new one, never a part of it."""
+    """Write a file with write(file). It replaces the one at path only when it is complete: whatever
+    happens, path is either the old file or the complete new one."""
     path = os.path.realpath(path)  # if path is a link to a file, this is the file
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name that no other process uses
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())  # waits until it is on the disk, should the power fail next
+            os.fsync(file.fileno())  # waits until it is on the disk, in case the power fails next
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, RuntimeError) and error.__context__:
@@ -858,7 +858,7 @@ def load_checkpoint(path, *scripts, mmap=False):  # mmap: reads tensors when the
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is missing, damaged or no checkpoint: {error!s:.60}") from None
+        raise UserError(f"{path} is missing, damaged or not a checkpoint: {error!s:.60}") from None
     if checkpoint.get("written_by") not in scripts:
         raise UserError(f"{path} was not written by this version of {' or '.join(scripts)}")
     return checkpoint
@@ -1001,12 +1001,12 @@ def new_checkpoint(config, tokenizer, train_data, val_data, trained):
 
 
 def main(load_data=load_tokens, more_settings={}):  # data/instruct.py passes others
-    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; lines come at once
+    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; lines appear at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
     config = GPTConfig(**flags)
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # so that an error comes at once
-    Path(f"{config.out}.tmp").touch()  # an error now, if it cannot be written
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # fail now, not after training
+    Path(f"{config.out}.tmp").touch()  # fail now if this file cannot be written
     Path(f"{config.out}.tmp").unlink(missing_ok=True)
     device = pick_device(config.device)
     join_processes(device)
@@ -1033,7 +1033,7 @@ def main(load_data=load_tokens, more_settings={}):  # data/instruct.py passes ot
     for name, value in must_match(config, train_data, val_data).items():
         if value != checkpoint.get("must_match", {}).get(name):
             other = f"--resume: {config.out}" if resumed else "the first process"
-            raise UserError(f"{other} began with another {name}")
+            raise UserError(f"{other} was started with a different {name}")
     if not resumed:
         V = config.vocab_size
         with autocast:

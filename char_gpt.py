@@ -1,8 +1,8 @@
 """A GPT (generative pretrained transformer) on characters, small enough to train at home.
 
 bigram.py predicts the next character from the current one alone. Here each prediction can use up to
-256 characters (the small model: 128), and the model learns which of them matter. Data, generation
-and evaluation are as they were; the model and its training are new.
+256 characters (128 in the small model), and the model learns which of them matter. Data, generation
+and evaluation are the same as in bigram.py; the model and its training are new.
 
     python char_gpt.py                # the full model on a GPU; on a CPU a small one: 3.5 minutes
     python char_gpt.py --full         # the full 6-layer, 384-wide model on a CPU too: 31 minutes
@@ -44,11 +44,11 @@ class GPTConfig:
     batch_size: int = 16  # sequences per step
     max_iters: int = 1400  # steps of gradient descent
     eval_interval: int = 200  # steps between evaluations
-    learning_rate: float = 0.006  # of Adam, for embeddings, gains and biases
-    muon_learning_rate: float = 0.025  # of Muon, for the matrices in the blocks
+    learning_rate: float = 0.006  # for Adam, which updates embeddings, gains and biases
+    muon_learning_rate: float = 0.025  # for Muon, which updates the matrices in the blocks
     warmup_iters: int = 10  # steps over which the learning rates rise from zero
     weight_decay: float = 0.3  # pulls the matrices towards zero, against overfitting
-    grad_clip: float = 1.0  # limit on the length of the gradient, over all parameters; 0: none
+    grad_clip: float = 1.0  # maximum norm of the gradient of all parameters together; 0: no limit
     seed: int = 1337  # for the random numbers: on a CPU, the same seed gives the same run
     full: bool = False  # train the full model, even where a small one is the default
     device: str = "auto"  # cuda, mps or cpu
@@ -97,13 +97,13 @@ def get_batch(data, config, step):
     row of x is a window of T = block_size tokens, and the row of y is the same window one token
     later: y[b, t] is the token that follows x[b, t]. So every row holds T tokens to predict.
 
-    An epoch is one pass through the data, in windows that come in random order. With 21 tokens and
-    T = 4, for example, they begin at 0, 4, 8, 12, or at 3, 7, 11, 15: another random offset in each
-    epoch gives other windows. All of this depends only on seed and step: a run can be repeated."""
+    An epoch is one pass through the data, taking the windows in random order. With 21 tokens and
+    T = 4, for example, they begin at 0, 4, 8, 12, or at 3, 7, 11, 15: each epoch has a new random
+    offset, and so new windows. All of this depends only on seed and step: a run can be repeated."""
     B = config.batch_size
     T = config.block_size
     n_windows = (len(data) - 1) // T - 1  # one fewer than would fit, to leave room for the offset
-    steps_per_epoch = max(1, n_windows // B)  # leaves out a small last batch, if not the first
+    steps_per_epoch = max(1, n_windows // B)  # drops a partial last batch unless it is the only one
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))  # separate from PyTorch's random numbers
     offset = rng.integers(len(data) - n_windows * T)  # at random, as long as the last window fits
@@ -120,8 +120,8 @@ def get_batch(data, config, step):
 class LayerNorm(nn.Module):
     """Shifts and scales the vector of each token to mean 0 and variance 1, however large it was.
     Then each of the C numbers is multiplied by a learned gain (weight) and a learned bias is added.
-    So the next layer gets numbers of a steady size, which the gains set. (A mean over all tokens
-    would also tell a token about those that it has to predict.) Ba, Kiros & Hinton 2016."""
+    This keeps the next layer's input at a steady size, set by the gains. (A mean over all tokens
+    would let the earlier ones see those they must predict.) Ba, Kiros & Hinton 2016."""
     by_hand = False  # GPT sets it to config.by_hand
     def __init__(self, n_embd):
         super().__init__()
@@ -138,9 +138,9 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """An activation function: without one in between, two matrix products would amount to one. This
-    is ReLU, max(0, x), made smooth so that negative x get gradients, too: x * P(Z <= x), where Z is
-    a standard normal variable. The formula with tanh is very close. Hendrycks & Gimpel 2016."""
+    """An activation function: without one, two linear layers in a row would be equal to one. GELU
+    is ReLU, max(0, x), made smooth so that negative x also get gradients: x * P(Z <= x), where Z is
+    a standard normal variable. The tanh formula is nearly the same. Hendrycks & Gimpel 2016."""
     by_hand = False
     def forward(self, x):
         if not self.by_hand:
@@ -151,8 +151,8 @@ class GELU(nn.Module):
 def attention(q, k, v):
     """Lets every token gather information from itself and from the tokens before it.
 
-    Learned matrices compute three vectors from each token, of head_size numbers each: a query (what
-    it looks for), a key (what it offers) and a value (what it passes on to those that choose it).
+    Learned matrices turn each token into three vectors of head_size numbers each: a query (what it
+    looks for), a key (what it offers) and a value (what it passes on to tokens that attend to it).
     The dot product of a token's query and any token's key, divided by sqrt(head_size), is a score.
     Scores for later tokens are masked out. Softmax turns the others into attention weights, which
     sum to 1, and the result is the weighted mean of the values. For example, with T = 3 tokens (a
@@ -224,7 +224,7 @@ class Block(nn.Module):
     that runs through all blocks, the residual stream, from which they read and to which they write.
 
     This makes deep models trainable (He et al. 2015): the derivative of x + f(x) is 1 + f'(x), and
-    through the 1 the gradient reaches every block undiminished. Layer norm is only for what
+    through the 1 the gradient reaches every block undiminished. Layer norm is applied only to what
     attention and MLP read: on the stream, its division by std would also divide the gradient."""
     def __init__(self, config):
         super().__init__()
@@ -250,7 +250,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": LayerNorm(config.n_embd),  # f for final: rescales x, a sum of many results
         })
-        # The output layer, from vectors to scores. (lm: language model; it is no attention head.)
+        # The output layer, from vectors to scores. (lm: language model; not an attention head.)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # as in GPT-2
         # Weight tying (Press & Wolf 2017): one matrix serves at both ends. At the input, row i is
         # the vector of token i. At the output, the score of token i is the dot product of row i and
@@ -262,7 +262,7 @@ class GPT(nn.Module):
 
     def initialize(self, config):
         """Random weights (parameters): equal ones would get equal gradients, and so stay equal.
-        Small ones give roughly a uniform guess. (0.02 is GPT-2's; there, wpe has 0.01.)"""
+        Small ones make the first guess nearly uniform. (GPT-2 uses 0.02 too, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -290,9 +290,9 @@ class GPT(nn.Module):
         # The loss of bigram.py. PyTorch's function takes (N, vocab_size) and (N,), with N = B * T.
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-# What it costs. A block has about 12 C^2 parameters: 4 C^2 in attention, 8 C^2 in the MLP. For each
-# token, a parameter takes a multiplication and an addition. In all heads together, the dot products
-# of its query with T keys take 2 T C operations, and the weighted mean of T values as many.
+# What it costs. A block has about 12 C^2 parameters: 4 C^2 in attention and 8 C^2 in the MLP. Each
+# of them takes a multiplication and an addition per token. In all heads together, the dot products
+# with T keys take 2 T C operations per token, and the weighted means of T values as many.
 # backward() takes twice as many: for y = W x, the gradients of W and of x each cost as much as y.
 # Memory: 4 bytes per parameter, gradient, running mean (see below) and result kept for backward().
 
@@ -316,12 +316,12 @@ def generate(model, idx, max_new_tokens, choose=sample):
 # ---- Optimizers ---------------------------------------------------------------------------------
 
 class Optimizer:
-    """What Adam and Muon have in common. Plain gradient descent has one learning rate for all, but
-    some parameters have gradients a thousand times as large as others, and one batch is noisy. So
-    update() takes running means of the gradients, in which the latest count most, and scales them
-    to similar sizes. With weight decay, each step also shrinks the parameters a little, so that
-    only what the gradients keep asking for becomes large. Small tensors of equal shape are stacked:
-    on a GPU, many small operations take longer than a large one."""
+    """What Adam and Muon have in common. Plain gradient descent has one learning rate, but some
+    parameters have gradients a thousand times as large as others, and a single batch's are noisy.
+    So update() takes running means of the gradients, in which the latest count most, and scales
+    them to similar sizes. With weight decay, each step also shrinks the parameters a little, so
+    that one becomes large only if the gradients keep pushing it that way. Small tensors of the same
+    shape are stacked: on a GPU, many small operations take longer than one large operation."""
     def __init__(self, params, learning_rate, weight_decay=0.0):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -350,9 +350,9 @@ class Optimizer:
 class Adam(Optimizer):
     """Keeps two running means for each number: m, of its gradient, and v, of the square of its
     gradient. The update is m / sqrt(v). If the gradient is always g, this is g / |g|, which is 1 or
-    -1: a step is as long as the learning rate says, however large or small g is. If the gradient
-    keeps changing its sign, m is near 0, and the number hardly moves. Kingma & Ba 2015; with this
-    kind of weight decay, it is called AdamW (Loshchilov & Hutter 2019)."""
+    -1: each step is as large as the learning rate, whatever the size of g. If the gradient keeps
+    changing sign, m stays near 0, and the number hardly moves. Kingma & Ba 2015; with the weight
+    decay of step() above, it is called AdamW (Loshchilov & Hutter 2019)."""
     n_means = 2
     beta1 = 0.9
     beta2 = 0.999
@@ -406,13 +406,13 @@ class Muon(Optimizer):
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
         # A matrix has a row for each output. With 4 times as many outputs as inputs, and all s = 1,
-        # the output is as long as the input, but each number is half as large: hence this factor.
+        # the output is as long as the input, so its numbers are half as large. sqrt(4) undoes that.
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
 
 
 def make_optimizers(model, config):
     """Muon is for the matrices in the blocks, Adam (without weight decay) for the rest: gains and
-    biases are no matrices, and Muon would mix the rows of an embedding, one for each token."""
+    biases are not matrices, and Muon would mix the rows of an embedding, one for each token."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices, config.muon_learning_rate, config.weight_decay)
@@ -437,14 +437,14 @@ def evaluate(model, data, config):
 
 def training_step(model, optimizers, x, y, step, config, autocast):
     """One step of gradient descent; returns the loss."""
-    # The learning rates rise while the running means rest on few gradients, which are noisy. Then
-    # they fall to zero in a straight line: large steps to get near a minimum, small ones to settle.
+    # The learning rates rise while the running means are based on only a few, noisy gradients. Then
+    # they fall linearly to zero: large steps to get near a minimum, and small ones to settle there.
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
     model.train()  # undoes eval(). This and the seed are for dropout (random zeros), if you add it.
     torch.manual_seed(config.seed * 1_000_003 + step)
     # Mixed precision: matrix products in bfloat16, if that is faster. Unlike float16, it has the
-    # range of float32. Its digits are few: weights stay in float32, or small updates get lost.
+    # range of float32, but few digits: weights stay in float32, or small updates would be lost.
     with autocast:
         _, loss = model(x, y)
     model.zero_grad()
@@ -463,7 +463,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # The compiled model is faster, but each new shape of x, as in evaluate(), costs it a minute.
+    # Compiling makes the model faster but takes a minute for each new shape of x, as in evaluate().
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
@@ -510,7 +510,7 @@ def save(checkpoint, started, model, optimizers, path):
 
 
 def restore(last, model, optimizers):
-    """Go back to "last". Returns step, tokens read, and a start time as if without a break."""
+    """Go back to "last". Returns step, tokens read, and the start time, adjusted for the break."""
     if last["step"] > 0:
         model.load_state_dict(last["model"])
         for optimizer, means in zip(optimizers, last["optimizers"], strict=True):
@@ -528,7 +528,7 @@ def report(checkpoint, model, tokenizer, config):
     bits = val_loss / math.log(2) / checkpoint["bytes_per_token"][1]  # [1]: of the validation text
     print(f"step {step}: loss {train_loss:.4f} train, {val_loss:.4f} val; {bits:.3f} bits/byte")
     torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
-    # There must be something to continue: token 0, which in Shakespeare is the line break.
+    # The model needs a token to start from: token 0, which in Shakespeare is the line break.
     first = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     ids = [new.item() for new in generate(model, first, 100)]
     print("    | " + tokenizer.decode(ids).strip().replace("\n", "\n    | "))
@@ -543,19 +543,19 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 class UserError(ValueError):
-    """A mistake of the user's, shown as one line. An error in the code shows where it arose."""
+    """A mistake by the user, shown as one line. Errors in the code still show a full traceback."""
 
 
 def replace_file(path, write):
-    """Write a file with write(file). It replaces the one at path when it is complete: whatever
-    happens before, path is either the old file or the new one, never a part of it."""
+    """Write a file with write(file). It replaces the one at path only when it is complete: whatever
+    happens, path is either the old file or the complete new one."""
     path = os.path.realpath(path)  # if path is a link to a file, this is the file
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # a name that no other process uses
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())  # waits until it is on the disk, should the power fail next
+            os.fsync(file.fileno())  # waits until it is on the disk, in case the power fails next
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, RuntimeError) and error.__context__:
@@ -590,7 +590,7 @@ def load_checkpoint(path, *scripts, mmap=False):  # mmap: reads tensors when the
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is missing, damaged or no checkpoint: {error!s:.60}") from None
+        raise UserError(f"{path} is missing, damaged or not a checkpoint: {error!s:.60}") from None
     if checkpoint.get("written_by") not in scripts:
         raise UserError(f"{path} was not written by this version of {' or '.join(scripts)}")
     return checkpoint
@@ -631,18 +631,18 @@ def pick_dtype(name, device):
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; lines come at once
+    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; lines appear at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(GPTConfig)
     config = GPTConfig(**flags)  # for now: a CPU and a checkpoint have other defaults, see below
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # so that an error comes at once
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # fail now, not after training
     device = pick_device(config.device)
     checkpoint = None
     settings = CPU_SETTINGS if device.type == "cpu" and not config.full else {}
     if config.resume and Path(config.out).exists():
         checkpoint = load_checkpoint(config.out, "char_gpt")
         settings = checkpoint["config"] | {"device": config.device, "out": config.out}
-    config = GPTConfig(**settings | flags)  # where both have a setting, the flags count
+    config = GPTConfig(**settings | flags)  # where both have a setting, the flag wins
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     text = load_text(config.data)
@@ -669,7 +669,7 @@ def main():
             loss = evaluate(model, val_data, config)
         print(f"before training: val loss {loss:.4f}; a uniform guess: ln({V}) = {math.log(V):.4f}")
     elif checkpoint["must_match"] != must_match:
-        raise UserError(f"--resume: {config.out} began with another text or size")
+        raise UserError(f"--resume: {config.out} was started with a different text or size")
     checkpoint["config"] = vars(config)
     print("from step", checkpoint["last"]["step"], "with", config.batch_size, "sequences per step")
     train(model, train_data, val_data, tokenizer, config, checkpoint, autocast)

@@ -80,7 +80,7 @@ def choose(logits, config):
     tail = probs < config.min_p * probs[:, :1]
     # A cut by the sum of the probabilities of all likelier tokens (Holtzman et al. 2020). For
     # example, with the probabilities 0.5, 0.3, 0.15, 0.05 and a top_p of 0.7, these sums are 0,
-    # 0.5, 0.8, 0.95: the first two tokens stay. (1e-6, since such a sum is rounded.)
+    # 0.5, 0.8, 0.95: the first two tokens stay. (1e-6 allows for rounding errors in these sums.)
     if config.top_p < 1:
         tail |= probs.cumsum(dim=-1) - probs >= config.top_p - 1e-6
     tail[:, 0] = False  # the likeliest token always stays
@@ -91,12 +91,12 @@ def choose(logits, config):
 @torch.no_grad()
 def beam_search(model, idx, max_new_tokens, width, end):
     """Search for the likeliest text that begins with idx (1, T): extend each of the `width` best
-    texts by every token, keep the `width` best of the results, repeat. A text is finished by the
-    token `end`, or after max_new_tokens; the search ends when `width` are finished. Returns their
-    new tokens, the best text first. (The likeliest text is often dull, and repeats itself.)
+    texts by every token, keep the `width` best of the results, and repeat. A text is finished by
+    the token `end`, or after max_new_tokens; the search ends when `width` or more are finished.
+    Returns their new tokens, best text first. (The likeliest text is often dull and repetitive.)
 
     The score of a text is its log-probability, the sum of those of its tokens. Every token lowers
-    it, so that short texts would win: finished texts are ranked by the mean over their tokens."""
+    it, and short texts would win. So finished texts are ranked by the mean over their tokens."""
     texts = idx
     scores = torch.zeros(1, 1, device=idx.device)  # of the texts, (number of texts, 1)
     finished = []
@@ -226,10 +226,10 @@ def record(model, ids, modules):
 @torch.no_grad()
 def attention_weights(model, ids):
     """(n_layer, n_head, T, T): in each head, row t says how much token t attends to each token. A
-    head that finds nothing often attends to the first one, since its weights must sum to 1."""
+    head that finds nothing often attends to the first token, since its weights must sum to 1."""
     weights = []
     usual = F.scaled_dot_product_attention
-    def recording(q, k, v, **settings):  # takes the place of this function for a while
+    def recording(q, k, v, **settings):  # temporarily replaces this function
         # With the identity matrix as values, weights @ values are the weights themselves.
         identity = torch.eye(len(ids)).expand(*v.shape[:2], -1, -1)
         weights.append(usual(q, k, identity, **settings))
@@ -247,7 +247,7 @@ def explore(model, tokenizer, ids, name, history, config):
     has_attention = hasattr(model, "transformer")  # or it is a bigram table
     limit = min(81, model.context_size) if has_attention else 81  # so that the page opens fast
     if len(ids) > limit:
-        raise UserError(f"--explore takes {limit - 1} tokens at most, and here are {len(ids) - 1}")
+        raise UserError(f"--explore takes at most {limit - 1} tokens; the text has {len(ids) - 1}")
     n_params = sum(p.numel() for p in model.parameters())
     about = f"{n_params:,} parameters"
     if history:  # bigram.py saves the last table, the others their best weights
@@ -276,10 +276,10 @@ def explore(model, tokenizer, ids, name, history, config):
         x = torch.cat([calls[0][1], *(output for _, _, output in calls)])  # input; all outputs
         probs, tokens = model.lm_head(model.transformer.ln_f(x)).softmax(dim=-1).max(dim=-1)
         page["lens"] = {"tokens": tokens.tolist(), "probs": probs.tolist()}  # (n_layer + 1, T)
-    if n_params <= 16e6:  # of a larger model, the file would be too large
+    if n_params <= 16e6:  # for a larger model, the file would be too large
         page |= page_model(model, tokenizer, rounded=n_params > 2e6)
     data = json.dumps(page, separators=(",", ":"), allow_nan=False)
-    data = data.replace("<", "\\u003c")  # so that no </script> in it ends it
+    data = data.replace("<", "\\u003c")  # so that no </script> in the data ends the script
     html = (bpe_gpt.DATA / "explore.html").read_text(encoding="utf-8")
     script = (bpe_gpt.DATA / "gpt2.js").read_text(encoding="utf-8")
     html = html.replace("/* data/gpt2.js comes here */", script)
@@ -296,7 +296,7 @@ def page_model(model, tokenizer, rounded):
         scale = p.abs().max().item() / 32767 if rounded else 0  # for 16-bit integers
         numbers = (p / scale).round().short() if scale else p
         weights.append((name, base64.b64encode(numbers.detach().numpy().tobytes()).decode(), scale))
-    # Before it runs the model, the page compares its results with PyTorch's, also for these tokens.
+    # First, gpt2.js compares its own results with PyTorch's, for the text and for these tokens.
     check = torch.arange(min(81, model.context_size)).unsqueeze(0) % len(tokenizer.tokens)
     return {
         "check": check[0].tolist(), "check_scores": next_log_probs(model, check)[:, 0].tolist(),
@@ -306,8 +306,8 @@ def page_model(model, tokenizer, rounded):
 
 
 def show_shapes(model, ids):
-    """A line for each module without modules inside, in the order in which they run; none for
-    dropout. Attention is a function and has no line: it comes between c_attn and c_proj."""
+    """A line for each module that contains no other module, in the order they run, except dropout.
+    Attention has no line, because it is a function: it comes between c_attn and c_proj."""
     names = {module: name for name, module in model.named_modules()}
     leaves = [m for m in names if not list(m.children()) and not isinstance(m, torch.nn.Dropout)]
     counted = set()  # the parameters so far, since lm_head has the same as wte
@@ -419,7 +419,7 @@ def typed_lines():
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; lines come at once
+    if hasattr(sys.stdout, "reconfigure"):  # unprintable characters become ?; lines appear at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     flags = parse_flags(SampleConfig)
     names = flags.pop("models") or sorted(glob.glob("out/*.pt"), key=os.path.getmtime)[-1:]

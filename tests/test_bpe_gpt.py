@@ -915,7 +915,7 @@ def test_resuming_notices_other_validation_data(command, tmp_path):
     command("x.pt", *size, "--max_iters", "5")
     before = (tmp_path / "x.pt").read_bytes()
     (tmp_path / "play.txt").write_text(TEXT[:-1] + "!", encoding="utf-8")
-    with pytest.raises(bpe_gpt.UserError, match="x.pt began with another text"):
+    with pytest.raises(bpe_gpt.UserError, match="x.pt was started with a different text"):
         command("x.pt", "--resume", "--max_iters", "10")
     assert (tmp_path / "x.pt").read_bytes() == before
 

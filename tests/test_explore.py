@@ -183,7 +183,7 @@ def test_too_long_a_text_is_refused_and_the_longest_is_not(clone, explore, scrip
     assert len(data["ids"]) == longest + 1
     flags = (f"out/{script}.pt", "--explore", "q" * (longest + 1))
     error = one_line_error("sample.py", *flags, cwd=clone)
-    assert f"--explore takes {longest} tokens at most" in error and f"{longest + 1}" in error
+    assert f"--explore takes at most {longest} tokens" in error and f"{longest + 1}" in error
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -391,7 +391,7 @@ def test_a_run_is_not_resumed_with_records_that_were_edited(taught, name):
     before = (folder / "out" / "bpe_gpt.pt").read_bytes()
     flags = "--resume --max_iters 83 --data edited.json"
     error = one_line_error(SCRIPT, *flags.split(), cwd=folder)
-    assert "--resume: out/bpe_gpt.pt began with another text" in error
+    assert "--resume: out/bpe_gpt.pt was started with a different text" in error
     assert (folder / "out" / "bpe_gpt.pt").read_bytes() == before
 
 

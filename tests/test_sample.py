@@ -513,7 +513,7 @@ def test_an_ascii_terminal_gets_question_marks(command, monkeypatch):
 
 
 MISTAKES = [
-    (["out/nothing.pt"], "out/nothing.pt is missing, damaged or no checkpoint"),
+    (["out/nothing.pt"], "out/nothing.pt is missing, damaged or not a checkpoint"),
     (["char_gpt.py"], "char_gpt.py is missing, damaged"),
     (["half.pt"], "half.pt is missing, damaged"),
     (["out/bigram.pt", "out/char_gpt.pt"], "only --curve takes several models"),

@@ -597,7 +597,7 @@ def test_a_flag_given_on_resuming_counts(script, train, tmp_path):
 def test_another_text_or_size_is_refused_on_resuming(script, train, tmp_path, change):
     train(script, "x.pt", FLAGS[script] + " --max_iters 4")
     before = (tmp_path / "x.pt").read_bytes()
-    with pytest.raises(ValueError, match="began with"):
+    with pytest.raises(ValueError, match="was started with"):
         train(script, "x.pt", f"--resume --max_iters 8 {change}")
     assert (tmp_path / "x.pt").read_bytes() == before
 
@@ -612,7 +612,7 @@ def test_an_edited_text_is_refused_on_resuming_even_if_the_first_batch_is_the_sa
         edited = text[:place] + text[place + 1] + text[place] + text[place + 2 :]
         if edited != text:
             (tmp_path / "play.txt").write_text(edited, encoding="utf-8")
-            with pytest.raises(ValueError, match="began with another text"):
+            with pytest.raises(ValueError, match="was started with a different text"):
                 train(script, "x.pt", "--resume --max_iters 8")
     (tmp_path / "moved.txt").write_text(text, encoding="utf-8")
     resumed = train(script, "x.pt", "--resume --max_iters 8 --data moved.txt")
@@ -622,14 +622,14 @@ def test_an_edited_text_is_refused_on_resuming_even_if_the_first_batch_is_the_sa
 @pytest.mark.parametrize("first, then", [("0.02", "0"), ("0", "0.02")])
 def test_the_kind_of_optimizer_cannot_change_in_the_middle_of_a_run(train, first, then):
     train(bpe_gpt, "x.pt", FLAGS[bpe_gpt] + f" --max_iters 4 --muon_learning_rate {first}")
-    with pytest.raises(ValueError, match="began with another optimizer"):
+    with pytest.raises(ValueError, match="was started with a different optimizer"):
         train(bpe_gpt, "x.pt", f"--resume --max_iters 8 --muon_learning_rate {then}")
 
 
 def test_a_run_from_scratch_is_not_resumed_as_one_that_fine_tunes(train):
     train(bpe_gpt, "base.pt", FLAGS[bpe_gpt] + " --max_iters 4")
     train(bpe_gpt, "x.pt", FLAGS[bpe_gpt] + " --max_iters 4")
-    with pytest.raises(bpe_gpt.UserError, match="--resume: x.pt began with another init"):
+    with pytest.raises(bpe_gpt.UserError, match="--resume: x.pt was started with a different init"):
         train(bpe_gpt, "x.pt", "--resume --init base.pt --max_iters 8")
     train(bpe_gpt, "tuned.pt", "--init base.pt --max_iters 4")
     resumed = train(bpe_gpt, "tuned.pt", "--resume --init base.pt --max_iters 8")
@@ -758,7 +758,7 @@ def test_resume_trains_for_longer_and_names_what_does_not_match(clone):
     (clone / "other.txt").write_text("".join(sorted(PLAY.read_text(encoding="utf-8"))))
     for flags in ("--n_head 2 --n_embd 32", "--n_layer 2", "--data other.txt"):
         error = one_line_error("char_gpt.py", *resume, *flags.split(), cwd=clone)
-        assert "--resume: r.pt began with another text or size" in error
+        assert "--resume: r.pt was started with a different text or size" in error
     output, _ = run("char_gpt.py", *resume, "--max_iters", "6", cwd=clone)
     assert "before training" not in output and "from step 4 with" in output
 

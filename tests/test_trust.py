@@ -164,7 +164,7 @@ def test_machines_with_different_tokens_are_told_so_and_save_nothing(tmp_path):
         (machine / "own_text.py").write_text(script)
     outputs = two_machines(machines, *STEPS.split(), script="own_text.py")
     assert all(status != 0 for status, _ in outputs)
-    assert "UserError: the first process began with another text" in outputs[1][1]
+    assert "UserError: the first process was started with a different text" in outputs[1][1]
     assert not list(tmp_path.glob("*/out/*"))
 
 
