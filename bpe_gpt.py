@@ -92,7 +92,7 @@ FINE_TUNING_SETTINGS = dict(
 # GPT-2's tokens lie in between: frequent strings of bytes, from a single byte to a long word. First
 # the text is split into "words", so that no token joins a word and a comma. A "word" is an ending
 # such as 's; a run of letters (\p{L}), digits (\p{N}) or other signs, along with a space before it;
-# or other white space. Of three spaces before a word, \s+(?!\S) takes two and leaves it the third.
+# or other white space. \s+(?!\S) leaves the last space before a word to it; \s+ is for line breaks.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"  # a token that stands between texts
 
@@ -107,7 +107,7 @@ def train_bpe(text, vocab_size):
     o-w occur three times each. In a tie, the smaller pair of numbers comes first, so l-o
     becomes the token "lo". The next merges are lo-w (three times), space-low and " low"-e (twice
     each). Then no pair occurs twice, and learning ends. Counting all pairs again after each merge
-    would take hours, so only the counts of the merged pairs and their neighbours are updated."""
+    would be slow, so only the counts of the merged pairs and their neighbours are updated."""
     words = Counter(regex.findall(WORDS, text))
     # The tokens of all distinct words, -1 after each word; for each position, the word's count.
     ids = np.array([token for word in words for token in [*word.encode(), -1]], np.int32)
@@ -132,15 +132,14 @@ def train_bpe(text, vocab_size):
         if pair_counts[pair] != -count:  # an old entry
             continue
         starts = find_pair(ids, pair)
-        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)  # o-l in lolo: just once
+        # x a b y becomes x ab y: x-a, a-b, b-y go; x-ab, ab-y come. (In lolo, o-l goes only once.)
+        count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)
         ids[starts] = len(tokens)
         ids = np.delete(ids, starts + 1)
         times = np.delete(times, starts + 1)
         starts = np.flatnonzero(ids == len(tokens))
         count_pairs(np.unique([starts - 1, starts]), +1)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        if sys.stderr.isatty():
-            print(f"learning token {len(tokens)}", end=" \r", file=sys.stderr, flush=True)
     return BPETokenizer([*tokens, END_OF_TEXT.encode()])
 
 
@@ -154,9 +153,9 @@ def find_pair(ids, pair):
 
 
 def encode_word(word, ranks):
-    """The tokens of a word, given as bytes; ranks has the number of each token. As in learning, one
-    pair of neighbours is merged at a time: the pair whose token was learned first (lowest number).
-    If "lo", "ow" and "er" were learned in this order, "lower" becomes lo w er."""
+    """The tokens of a word, given as bytes; ranks has the number of each token. Again and again,
+    the two neighbours whose token was learned first (lowest number) are merged, so words are split
+    as in learning. If "lo", "ow", "er" came in this order, "lower" becomes lo w er."""
     parts = [bytes([b]) for b in word]
     while len(parts) > 1:
         merged = [a + b for a, b in zip(parts, parts[1:])]
@@ -169,8 +168,7 @@ def encode_word(word, ranks):
 
 
 class BPETokenizer:
-    """A tokenizer for a list of tokens, as bytes, with the methods of CharTokenizer. The order of
-    the tokens is that of the merges. tiktoken does what encode_word() shows, but faster."""
+    """Like CharTokenizer, for a list of tokens as bytes. tiktoken is a faster encode_word()."""
     def __init__(self, tokens):
         self.tokens = tokens
         ranks = {token: i for i, token in enumerate(tokens)}
@@ -234,7 +232,7 @@ class TextData:
 def pick_rows(n_rows, step, config):
     """The epoch of a step, and the numbers of its rows. In an epoch, each of the n_rows rows comes
     once, in random order. A step takes n rows, or all if there are fewer; the rest is left out."""
-    n = max(N_PROCESSES, config.total_batch_size // config.block_size)  # at least 1 per process
+    n = max(N_PROCESSES, config.total_batch_size // config.block_size)  # at least 1 per GPU
     steps_per_epoch = max(1, n_rows // n)
     epoch, i = divmod(step, steps_per_epoch)
     return epoch, shuffled(n_rows, config.seed, epoch)[i * n : (i + 1) * n]
@@ -363,7 +361,7 @@ class GPT(nn.Module):
         self.initialize(config)  # sets all matrices and biases, also those of your own modules
 
     def initialize(self, config):
-        """Random weights (parameters): equal ones would get equal gradients, and so stay equal.
+        """Random weights (parameters): with equal ones, all numbers of a vector would stay equal.
         Small ones make the first guess nearly uniform. (GPT-2 uses 0.02 too, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -438,7 +436,7 @@ class Optimizer:
         by_shape = defaultdict(list)
         for p in params:
             by_shape[p.shape if p.numel() < 2**20 else p].append(p)  # large ones by themselves
-        self.stacks = list(by_shape.values())
+        self.stacks = list(by_shape.values())  # each has n_means running means (see Adam, Muon)
         self.means = [ps[0].new_zeros(self.n_means, len(ps), *ps[0].shape) for ps in self.stacks]
 
     @torch.no_grad()
@@ -497,7 +495,7 @@ class Muon(Optimizer):
     def update(self, grads, means):
         m = means[0]
         m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); m's length will not matter
-        ahead = grads.lerp(m, self.momentum)  # Nesterov: m after one more step like this one
+        ahead = m.lerp(grads, 1 - self.momentum)  # Nesterov: m after one more step like this one
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
@@ -521,6 +519,7 @@ def make_optimizers(model, config):
 
 # torchrun starts several processes, one per GPU, with the same model. Each computes the gradient
 # for its share of a step's rows; then all use the sum of these gradients, so the models stay equal.
+# (With fewer rows than processes, a share can be empty: its loss is nan, and its gradients are 0.)
 RANK = int(os.environ.get("RANK") or 0)  # the number of this process; number 0 prints and saves
 N_PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
 
@@ -551,7 +550,8 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     # on any one, and overfits less. The others are divided by 1 - dropout, to keep the mean.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()  # turns dropout on; model.eval() turns it off
-    model.zero_grad()
+    for p in model.parameters():  # several processes add up 0 for what one of them does not use
+        p.grad = torch.zeros_like(p) if N_PROCESSES > 1 and p.requires_grad else None
     loss = torch.zeros((), device=x.device)
     n_targets = (y != -100).sum()  # in the whole step
     xs = x[RANK::N_PROCESSES].split(config.batch_size)  # this process's share, in batches
@@ -562,12 +562,12 @@ def training_step(model, optimizers, x, y, step, config, autocast):
             _, mean = model(batch_x, batch_y)
         batch_loss = mean * (batch_y != -100).sum() / n_targets  # its part of the step's mean
         batch_loss.backward()
-        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # if it has no rows: nan
+        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # or nan
     if N_PROCESSES > 1:
         tensors = [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
         vector = nn.utils.parameters_to_vector(tensors)  # end to end, to be sent at once
         dist.all_reduce(vector)
-        nn.utils.vector_to_parameters(vector, tensors)
+        nn.utils.vector_to_parameters(vector, tensors)  # back into the loss and the gradients
     # Clipping shortens a gradient that is too long: an unusual batch must not distort the means.
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     if not norm.isfinite():
@@ -582,7 +582,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # Compiling makes the model faster but takes a minute for each new shape of x, as in evaluate().
+    # A compiled model is faster, but takes a minute for each new shape of x: not for evaluate().
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
@@ -765,7 +765,7 @@ def build_model(checkpoint, config):
         if getattr(config, name) != size and (name != "block_size" or config.block_size > size):
             raise UserError(f"--{name} is {size} in this model")
     state = dict(checkpoint["model"])
-    # Published models may have only wte. lm_head gets a copy, in case yours does not tie the two.
+    # Some files have only wte. lm_head gets a copy, which is used if your model does not tie them.
     state["lm_head.weight"] = state.get("lm_head.weight", state["transformer.wte.weight"]).clone()
     if "transformer.wpe.weight" in state:
         state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: config.block_size]

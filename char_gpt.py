@@ -167,7 +167,7 @@ def attention(q, k, v):
     sequence, as CausalSelfAttention explains. Vaswani et al. 2017, section 3.2.1."""
     T, head_size = q.shape[-2:]
     # A sum of n independent terms around 0 grows like sqrt(n); here, n is head_size. Without the
-    # division, large scores would push the softmax towards 0 and 1, where its gradient vanishes.
+    # division, large scores would push the softmax towards 0 and 1, where it is flat: no gradient.
     scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T)
     # The causal mask: no token may see the ones after it, or it would see what it has to predict.
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # column <= row
@@ -224,8 +224,8 @@ class Block(nn.Module):
     that runs through all blocks, the residual stream, from which they read and to which they write.
 
     This makes deep models trainable (He et al. 2015): the derivative of x + f(x) is 1 + f'(x), and
-    through the 1 the gradient reaches every block undiminished. Layer norm is applied only to what
-    attention and MLP read: on the stream, its division by std would also divide the gradient."""
+    through the 1 the gradient reaches every block undiminished. Inside blocks, layer norm is only
+    for what attention and MLP read: on the stream, it would also divide the gradient by std."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd)
@@ -261,7 +261,7 @@ class GPT(nn.Module):
             module.by_hand = config.by_hand
 
     def initialize(self, config):
-        """Random weights (parameters): equal ones would get equal gradients, and so stay equal.
+        """Random weights (parameters): with equal ones, all numbers of a vector would stay equal.
         Small ones make the first guess nearly uniform. (GPT-2 uses 0.02 too, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -294,7 +294,7 @@ class GPT(nn.Module):
 # of them takes a multiplication and an addition per token. In all heads together, the dot products
 # with T keys take 2 T C operations per token, and the weighted means of T values as many.
 # backward() takes twice as many: for y = W x, the gradients of W and of x each cost as much as y.
-# Memory: 4 bytes per parameter, gradient, running mean (see below) and result kept for backward().
+# Memory: 4 bytes per parameter, gradient and running mean; 4 or 2 per result that backward() needs.
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -329,7 +329,7 @@ class Optimizer:
         by_shape = defaultdict(list)
         for p in params:
             by_shape[p.shape if p.numel() < 2**20 else p].append(p)  # large ones by themselves
-        self.stacks = list(by_shape.values())
+        self.stacks = list(by_shape.values())  # each has n_means running means (see Adam, Muon)
         self.means = [ps[0].new_zeros(self.n_means, len(ps), *ps[0].shape) for ps in self.stacks]
 
     @torch.no_grad()
@@ -370,11 +370,11 @@ class Adam(Optimizer):
 
 
 def orthogonalize(x, rounds=4):
-    """For Muon: brings n matrices, x (n, rows, columns), nearer to orthogonal (Newton-Schulz).
+    """For Muon: makes the strengths (see below) of n matrices x (n, rows, columns) more equal.
 
     Every matrix X is a product U S V^T, its singular value decomposition: V^T rotates the input, S
     multiplies each direction by a number s, its strength (singular value), and U rotates the
-    result. (Rotations change no lengths; U^T U and V^T V are the identity.) If all s are 1, X is
+    result. (Rotations change no norm; U^T U and V^T V are the identity.) If all s are 1, X is
     orthogonal. The strengths can be changed without knowing U and V:
     X X^T X = (U S V^T) (V S U^T) (U S V^T) = U S^3 V^T, so that the strengths of the polynomial
     a X + b (X X^T) X + c (X X^T)^2 X are a s + b s^3 + c s^5. With the a, b, c below (Jordan et al.
@@ -402,7 +402,7 @@ class Muon(Optimizer):
     def update(self, grads, means):
         m = means[0]
         m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); m's length will not matter
-        ahead = grads.lerp(m, self.momentum)  # Nesterov: m after one more step like this one
+        ahead = m.lerp(grads, 1 - self.momentum)  # Nesterov: m after one more step like this one
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
         # A matrix has a row for each output. With 4 times as many outputs as inputs, and all s = 1,
@@ -463,7 +463,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # Compiling makes the model faster but takes a minute for each new shape of x, as in evaluate().
+    # A compiled model is faster, but takes a minute for each new shape of x: not for evaluate().
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:

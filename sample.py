@@ -105,7 +105,7 @@ def beam_search(model, idx, max_new_tokens, width, end):
         caches = [bpe_gpt.Cache(model.context_size) for _ in model.transformer.h]
     for n in range(1, max_new_tokens + 1):
         if caches:
-            logits, _ = model(texts[:, caches[0].length :], caches=caches)
+            logits, _ = model(texts[:, caches[0].length :], caches=caches)  # reads what is new
         else:
             logits, _ = model(texts[:, -model.context_size :])
         totals = scores + logits[:, -1].float().log_softmax(dim=-1)  # (texts, vocab_size)
@@ -297,7 +297,7 @@ def page_model(model, tokenizer, rounded):
         numbers = (p / scale).round().short() if scale else p
         weights.append((name, base64.b64encode(numbers.detach().numpy().tobytes()).decode(), scale))
     # First, gpt2.js compares its own results with PyTorch's, for the text and for these tokens.
-    check = torch.arange(min(81, model.context_size)).unsqueeze(0) % len(tokenizer.tokens)
+    check = torch.arange(min(130, model.context_size)).unsqueeze(0) % len(tokenizer.tokens)
     return {
         "check": check[0].tolist(), "check_scores": next_log_probs(model, check)[:, 0].tolist(),
         "weights": weights, "rounded": rounded, "end_of_text": tokenizer.end_of_text,

@@ -996,6 +996,23 @@ def test_a_process_without_rows_does_not_make_the_loss_nan(monkeypatch):
     assert len(x) == 1 and bpe_gpt.training_step(model, [], x, y, 0, config, autocast) == 0
 
 
+def test_each_process_sends_the_gradients_of_all_parameters_that_are_trained(monkeypatch):
+    """Also of those that its own rows do not use, such as a block that is left out at random."""
+    model = GPT(GPTConfig(**SMALL))
+    model.not_used = torch.nn.Linear(3, 3)
+    model.transformer.wpe.weight.requires_grad = False
+    x, y = data_of(np.arange(2000) % 300, block_size=48).training_batch(0)
+    sent = []
+    monkeypatch.setattr(bpe_gpt, "N_PROCESSES", 2)
+    monkeypatch.setattr(bpe_gpt.dist, "all_reduce", sent.append)
+    for step in range(2):
+        autocast = torch.autocast("cpu", enabled=False)
+        loss = bpe_gpt.training_step(model, [], x, y, step, model.config, autocast)
+        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert len(sent[step]) == 1 + n_trained and sent[step][0].item() == pytest.approx(loss)
+        assert not model.not_used.weight.grad.any() and model.transformer.wpe.weight.grad is None
+
+
 def test_a_loss_is_added_up_exactly():
     """In float32, a count beyond 16,777,216 would take no more single tokens."""
     y = torch.zeros(1, 1, dtype=torch.long)

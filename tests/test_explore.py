@@ -604,6 +604,19 @@ def test_a_model_that_is_built_differently_is_not_run(tmp_path, monkeypatch, cha
 
 
 @needs_chromium
+@pytest.mark.parametrize("words", [r"\p{L}++|\W", r" ?\w+|\W"])
+def test_words_that_javascript_splits_otherwise_are_not_used(tmp_path, monkeypatch, words):
+    """JavaScript does not know ++, and its \\w has no letters with accents."""
+    monkeypatch.setattr(bpe_gpt, "WORDS", words)
+    tokenizer = bpe_gpt.train_bpe("K\u00f6nig K\u00f6nig", 262)
+    model = tiny(bpe_gpt, len(tokenizer.tokens), 32)
+    page = write_page(model, tokenizer, tokenizer.encode("\nK\u00f6nig"), tmp_path)
+    code = """return [state.canRun, find("note").textContent, state.steps.length]"""
+    can_run, note, n = browse(page, code, tmp_path)
+    assert not can_run and "cannot run this model" in note and n > 1
+
+
+@needs_chromium
 def test_the_numbers_of_a_large_model_are_pytorchs(tmp_path):
     torch.manual_seed(0)
     model, ids = too_large(), [5, 6, 5, 7]

@@ -146,6 +146,17 @@ def test_beam_search_does_not_favour_short_texts():
     assert beam_search(model, torch.tensor([[0]]), 3, width=20, end=2)[0] == [1, 2]
 
 
+@pytest.mark.parametrize("ignore_end, expected", [(False, "x\n"), (True, "x!!!!\n")])
+def test_a_beam_search_goes_on_after_the_end_of_text_if_that_is_to_be_ignored(
+        capsys, ignore_end, expected):
+    model = BigramLanguageModel(BigramConfig(vocab_size=3))
+    model.table.weight.data = torch.tensor([[0.1, 0.1, 0.8]] * 3).log()
+    tokenizer = SimpleNamespace(tokens=[b"a", b"b", b"!"], end_of_text=2)
+    config = SampleConfig(beam=2, max_new_tokens=4, ignore_end=ignore_end)
+    sample.print_texts(model, tokenizer, torch.tensor([[0]]), "x", config)
+    assert capsys.readouterr().out == expected
+
+
 def streamed(*pieces, stop=""):
     """What is shown after each of the pieces, and at the end."""
     tokenizer = SimpleNamespace(tokens=pieces)

@@ -423,12 +423,22 @@ class PostNorm(bpe_gpt.Block):
         return self.ln_2(x + self.mlp(x))
 
 
+class SlidingWindow(bpe_gpt.CausalSelfAttention):
+    """Token 150 and those after it do not see the first ones."""
+    def forward(self, x, cache=None):
+        y = super().forward(x)
+        late = [super(SlidingWindow, self).forward(x[:, t - 149 : t + 1])[:, -1:]
+                for t in range(150, x.shape[1])]
+        return torch.cat([y[:, :150], *late], dim=1)
+
+
 @pytest.mark.parametrize("name, change", [
-    ("GELU", torch.nn.ReLU), ("Block", PostNorm), ("WORDS", r"[^\n]+|\n+")])
+    ("GELU", torch.nn.ReLU), ("Block", PostNorm), ("WORDS", r"[^\n]+|\n+"),
+    ("CausalSelfAttention", SlidingWindow)])
 def test_a_model_that_is_not_gpt2_any_more_is_not_exported_as_one(
     name, change, tmp_path, tokenizer, monkeypatch
 ):
-    sizes = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=len(tokenizer.tokens), block_size=8)
+    sizes = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=len(tokenizer.tokens), block_size=200)
     monkeypatch.setattr(bpe_gpt, name, change)
     with pytest.raises(UserError, match="not built like GPT-2|is not GPT-2's"):
         hugging_face.export(GPT(GPTConfig(**sizes)), tokenizer, tmp_path / "model")
