@@ -14,7 +14,8 @@ import regex  # comes with tiktoken
 import torch
 import torch.nn.functional as F
 from conftest import (
-    PLAY, ROOT, SHAKESPEARE, hugging_face, instruct, needs_gpt2_tokenizer, needs_shakespeare, run)
+    PLAY, ROOT, SHAKESPEARE, hugging_face, instruct, load_script, needs_gpt2_tokenizer,
+    needs_shakespeare, run)
 from numpy_gpt2 import gpt2
 
 import bpe_gpt
@@ -678,6 +679,17 @@ def test_a_fine_tuned_model_begins_a_text_as_it_did_before(
     torch.save(torch.load(untrained) | {"text_before": text_before}, tmp_path / "a.pt")
     checkpoint = command("b.pt", "--init", tmp_path / "a.pt", *STEPS.split(), "--max_iters", "1")
     assert checkpoint["text_before"] == text_before
+
+
+def test_data_evaluate_py_evaluates_the_val_bin_of_a_folder(untrained, tmp_path, monkeypatch, capsys):
+    """This model has no folder, which holds GPT-2's tokens. So the two files are made up here."""
+    train, val = np.arange(90) % 300, np.arange(50) % 300
+    monkeypatch.setattr(bpe_gpt, "read_folder", lambda path, tokenizer: [train, val])
+    monkeypatch.setattr(sys, "argv", f"x {untrained} {tmp_path} --device cpu --dtype float32".split())
+    load_script("evaluate").main()
+    model = GPT.from_pretrained(untrained)
+    expected = evaluate(model, TextData(val, model.config))
+    assert f"50 tokens, on cpu in torch.float32\nloss {expected:.4f} " in capsys.readouterr().out
 
 
 def test_data_evaluate_py_evaluates_the_whole_text(untrained, tmp_path):
