@@ -131,10 +131,10 @@ def count_bigrams(data, vocab_size, add=0):
 
     No table has a lower loss on data. If j follows i, -log softmax(row i)[j] = -score j + log(sum
     of exp(scores)). The derivative of the second term with respect to score k is exp(score k) /
-    sum, which is softmax(row i)[k]; that of the first is -1 if k is j. Averaged over all places
-    with i, the 1s become the frequency of k, and the gradient is zero when softmax(row i) is equal
-    to the frequencies. The loss is convex (shaped like a bowl), so this is its minimum. Better
-    models look further back, and need training.
+    sum, which is softmax(row i)[k]; that of the first is -1 if k is j, or else 0. On average over
+    all places with an i, the two make softmax(row i)[k] minus the frequency of k: zero when
+    softmax(row i) is equal to the frequencies. The loss is convex (shaped like a bowl), so this is
+    its minimum. Better models look further back, and need training.
     add=1 adds one to every count. Without it, the probability of a pair that is not in data would
     be 0, and one such pair in the validation text would make the loss infinite."""
     # The number of the pair (a, b) is its position in the table, with the rows laid end to end.

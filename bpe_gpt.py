@@ -92,7 +92,7 @@ FINE_TUNING_SETTINGS = dict(
 # GPT-2's tokens lie in between: frequent strings of bytes, from a single byte to a long word. First
 # the text is split into "words", so that no token joins a word and a comma. A "word" is an ending
 # such as 's; a run of letters (\p{L}), digits (\p{N}) or other signs, along with a space before it;
-# or other white space. \s+(?!\S) leaves the last space before a word to it; \s+ is for line breaks.
+# or other white space. For example, "a   b\nc" becomes "a", "  " (by \s+(?!\S)), " b", "\n", "c".
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"  # a token that stands between texts
 
@@ -118,7 +118,7 @@ def train_bpe(text, vocab_size):
     def count_pairs(starts, sign):  # adds (+1) or subtracts (-1) the pairs that begin there
         changes = Counter()
         for a, b, n in zip(ids[starts].tolist(), ids[starts + 1].tolist(), times[starts].tolist()):
-            if -1 not in (a, b):  # no pair reaches into another word; if a start is -1, a is -1
+            if -1 not in (a, b):  # none reaches into another word; ids[-1], the last, is -1, too
                 changes[a, b] += sign * n
         pair_counts.update(changes)  # adds the numbers
         for pair in changes:
@@ -132,7 +132,7 @@ def train_bpe(text, vocab_size):
         if pair_counts[pair] != -count:  # an old entry
             continue
         starts = find_pair(ids, pair)
-        # x a b y becomes x ab y: x-a, a-b, b-y go; x-ab, ab-y come. (In lolo, o-l goes only once.)
+        # x a b y becomes x ab y: x-a, a-b, b-y go; x-ab, ab-y come. (unique(): lolo has o-l once.)
         count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)
         ids[starts] = len(tokens)
         ids = np.delete(ids, starts + 1)
@@ -305,7 +305,7 @@ class CausalSelfAttention(nn.Module):
         if T == 1:  # a single token, the last one of S, sees all of them: there is nothing to mask
             y = F.scaled_dot_product_attention(q, k, v)  # (B, n_head, T, head_size)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # with the causal mask
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # causal mask; S = T here
         y = y.transpose(1, 2).reshape(B, T, C)  # puts the heads' results side by side again
         return self.c_proj(y)
 
@@ -477,7 +477,7 @@ def orthogonalize(x, rounds=4):
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT  # transposed (U and V change places): X X^T is smaller then
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # norm^2 = sum of all s^2: s <= 1
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # the same as the norm of S: s <= 1
     for _ in range(rounds):
         # bmm() multiplies n pairs of matrices; baddbmm(x, y, z) is beta * x + alpha * y @ z.
         square = torch.bmm(x, x.mT)  # X X^T, (n, rows, rows)
@@ -494,8 +494,8 @@ class Muon(Optimizer):
 
     def update(self, grads, means):
         m = means[0]
-        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); m's length will not matter
-        ahead = m.lerp(grads, 1 - self.momentum)  # Nesterov: m after one more step like this one
+        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); m's norm will not matter
+        ahead = m.lerp(grads, 1 - self.momentum)  # Nesterov: the newest gradient counts more
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
@@ -518,8 +518,8 @@ def make_optimizers(model, config):
 # ---- Training -----------------------------------------------------------------------------------
 
 # torchrun starts several processes, one per GPU, with the same model. Each computes the gradient
-# for its share of a step's rows; then all use the sum of these gradients, so the models stay equal.
-# (With fewer rows than processes, a share can be empty: its loss is nan, and its gradients are 0.)
+# for its share of a step's rows (none, if there are fewer rows than processes). Then they all use
+# the sum of these gradients, so that the models stay equal.
 RANK = int(os.environ.get("RANK") or 0)  # the number of this process; number 0 prints and saves
 N_PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
 
@@ -550,7 +550,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     # on any one, and overfits less. The others are divided by 1 - dropout, to keep the mean.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()  # turns dropout on; model.eval() turns it off
-    for p in model.parameters():  # several processes add up 0 for what one of them does not use
+    for p in model.parameters():  # processes add up a 0 where one of them has no gradient (None)
         p.grad = torch.zeros_like(p) if N_PROCESSES > 1 and p.requires_grad else None
     loss = torch.zeros((), device=x.device)
     n_targets = (y != -100).sum()  # in the whole step
@@ -562,7 +562,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
             _, mean = model(batch_x, batch_y)
         batch_loss = mean * (batch_y != -100).sum() / n_targets  # its part of the step's mean
         batch_loss.backward()
-        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # or nan
+        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # the mean over no rows is nan
     if N_PROCESSES > 1:
         tensors = [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
         vector = nn.utils.parameters_to_vector(tensors)  # end to end, to be sent at once
@@ -771,7 +771,7 @@ def build_model(checkpoint, config):
         state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: config.block_size]
     with torch.device("meta"):  # without memory: the tensors of state replace all parameters
         model = GPT(config)
-    loaded = {}  # a parameter p with two names, as wte and lm_head, gets the first one's tensor
+    loaded = {}  # if lm_head is tied to wte, both are the same p, which gets the tensor of wte
     for name, p in model.named_parameters(remove_duplicate=False):
         if name in state:
             state[name] = loaded.setdefault(p, nn.Parameter(state[name]))
@@ -902,7 +902,7 @@ def join_processes(device):
     if N_PROCESSES > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", RANK)))
-        # Processes meet in torchrun's store. If it restarts them, a new prefix hides old entries.
+        # Processes find each other in torchrun's store; a new prefix hides those before a restart.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"

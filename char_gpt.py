@@ -121,7 +121,7 @@ class LayerNorm(nn.Module):
     """Shifts and scales the vector of each token to mean 0 and variance 1, however large it was.
     Then each of the C numbers is multiplied by a learned gain (weight) and a learned bias is added.
     This keeps the next layer's input at a steady size, set by the gains. (A mean over all tokens
-    would let the earlier ones see those they must predict.) Ba, Kiros & Hinton 2016."""
+    would tell a token about later ones: see attention().) Ba, Kiros & Hinton 2016."""
     by_hand = False  # GPT sets it to config.by_hand
     def __init__(self, n_embd):
         super().__init__()
@@ -225,7 +225,8 @@ class Block(nn.Module):
 
     This makes deep models trainable (He et al. 2015): the derivative of x + f(x) is 1 + f'(x), and
     through the 1 the gradient reaches every block undiminished. Inside blocks, layer norm is only
-    for what attention and MLP read: on the stream, it would also divide the gradient by std."""
+    for what attention and MLP read. (To divide the stream itself by std would divide the gradient,
+    too, once more in each block.)"""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd)
@@ -294,7 +295,6 @@ class GPT(nn.Module):
 # of them takes a multiplication and an addition per token. In all heads together, the dot products
 # with T keys take 2 T C operations per token, and the weighted means of T values as many.
 # backward() takes twice as many: for y = W x, the gradients of W and of x each cost as much as y.
-# Memory: 4 bytes per parameter, gradient and running mean; 4 or 2 per result that backward() needs.
 
 # ---- Generation ---------------------------------------------------------------------------------
 
@@ -383,7 +383,7 @@ def orthogonalize(x, rounds=4):
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT  # transposed (U and V change places): X X^T is smaller then
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # norm^2 = sum of all s^2: s <= 1
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # the same as the norm of S: s <= 1
     for _ in range(rounds):
         # bmm() multiplies n pairs of matrices; baddbmm(x, y, z) is beta * x + alpha * y @ z.
         square = torch.bmm(x, x.mT)  # X X^T, (n, rows, rows)
@@ -401,18 +401,18 @@ class Muon(Optimizer):
 
     def update(self, grads, means):
         m = means[0]
-        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); m's length will not matter
-        ahead = m.lerp(grads, 1 - self.momentum)  # Nesterov: m after one more step like this one
+        m.lerp_(grads, 1 - self.momentum)  # m += 0.05 * (grads - m); m's norm will not matter
+        ahead = m.lerp(grads, 1 - self.momentum)  # Nesterov: the newest gradient counts more
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
         # A matrix has a row for each output. With 4 times as many outputs as inputs, and all s = 1,
-        # the output is as long as the input, so its numbers are half as large. sqrt(4) undoes that.
+        # the output has the norm of the input, and numbers half as large. sqrt(4) undoes that.
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
 
 
 def make_optimizers(model, config):
     """Muon is for the matrices in the blocks, Adam (without weight decay) for the rest: gains and
-    biases are not matrices, and Muon would mix the rows of an embedding, one for each token."""
+    biases are not matrices, and (X X^T) X would mix the rows of an embedding, one per token."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices, config.muon_learning_rate, config.weight_decay)

@@ -72,7 +72,7 @@ def choose(logits, config):
     logits, tokens = logits.float().sort(dim=-1, descending=True)  # the likeliest first
     # The highest score becomes 0, since a low temperature could make it infinite otherwise. Softmax
     # does not change when the same number is subtracted from all scores.
-    logits = (logits - logits[:, :1]) / config.temperature
+    logits = (logits - logits[:, :1]) / config.temperature  # 0.5 squares ratios of probabilities
     if config.top_k:  # a cut by rank (Fan et al. 2018)
         logits[:, config.top_k :] = -math.inf
     probs = logits.softmax(dim=-1)
@@ -225,8 +225,8 @@ def record(model, ids, modules):
 
 @torch.no_grad()
 def attention_weights(model, ids):
-    """(n_layer, n_head, T, T): in each head, row t says how much token t attends to each token. A
-    head that finds nothing often attends to the first token, since its weights must sum to 1."""
+    """(n_layer, n_head, T, T): in each head, row t says how much token t attends to each token.
+    Weights must sum to 1: a head that finds nothing often attends to the first token."""
     weights = []
     usual = F.scaled_dot_product_attention
     def recording(q, k, v, **settings):  # temporarily replaces this function
@@ -429,7 +429,7 @@ def main():
     if config.curve:
         return show_curves(names, config.plot)
     model, tokenizer, checkpoint = load_model(names[0])
-    # The token that stood before texts in training. From it, a text's first token is predicted.
+    # A token to stand before a text, so that the first token of the text is predicted, too.
     text_before = checkpoint.get("text_before", checkpoint["vocab"][0])
     before = [tokenizer.tokens.index(text_before.encode())]
     if config.probs:
