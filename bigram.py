@@ -129,12 +129,9 @@ def count_bigrams(data, vocab_size, add=0):
     characters) occurs, and use the logarithms of the counts as scores. Softmax turns them into
     frequencies: exp(ln(count)) is the count, and it is divided by the sum of all counts in its row.
 
-    No table has a lower loss on data. If j follows i, -log softmax(row i)[j] = -score j + log(sum
-    of exp(scores)). The derivative of the second term with respect to score k is exp(score k) /
-    sum, which is softmax(row i)[k]; that of the first is -1 if k is j, or else 0. On average over
-    all places with an i, the two make softmax(row i)[k] minus the frequency of k: zero when
-    softmax(row i) is equal to the frequencies. The loss is convex (shaped like a bowl), so this is
-    its minimum. Better models look further back, and need training.
+    No table has a lower loss on this data: of all probabilities that the characters after an i
+    could be given, their frequencies make the data most probable. Better models look further back,
+    and need training.
     add=1 adds one to every count. Without it, the probability of a pair that is not in data would
     be 0, and one such pair in the validation text would make the loss infinite."""
     # The number of the pair (a, b) is its position in the table, with the rows laid end to end.

@@ -92,7 +92,7 @@ FINE_TUNING_SETTINGS = dict(
 # GPT-2's tokens lie in between: frequent strings of bytes, from a single byte to a long word. First
 # the text is split into "words", so that no token joins a word and a comma. A "word" is an ending
 # such as 's; a run of letters (\p{L}), digits (\p{N}) or other signs, along with a space before it;
-# or other white space. For example, "a   b\nc" becomes "a", "  " (by \s+(?!\S)), " b", "\n", "c".
+# or other white space but the last space before a word: "a   b\nc" is "a", "  ", " b", "\n", "c".
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"  # a token that stands between texts
 
@@ -118,7 +118,7 @@ def train_bpe(text, vocab_size):
     def count_pairs(starts, sign):  # adds (+1) or subtracts (-1) the pairs that begin there
         changes = Counter()
         for a, b, n in zip(ids[starts].tolist(), ids[starts + 1].tolist(), times[starts].tolist()):
-            if -1 not in (a, b):  # none reaches into another word; ids[-1], the last, is -1, too
+            if -1 not in (a, b):  # no pair reaches into another word
                 changes[a, b] += sign * n
         pair_counts.update(changes)  # adds the numbers
         for pair in changes:
@@ -132,7 +132,8 @@ def train_bpe(text, vocab_size):
         if pair_counts[pair] != -count:  # an old entry
             continue
         starts = find_pair(ids, pair)
-        # x a b y becomes x ab y: x-a, a-b, b-y go; x-ab, ab-y come. (unique(): lolo has o-l once.)
+        # x a b y becomes x ab y: x-a, a-b and b-y go, x-ab and ab-y come. Merges side by side share
+        # a pair, as o-l in l-o-l-o. (If starts - 1 is -1, that is the last place, a separator.)
         count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)
         ids[starts] = len(tokens)
         ids = np.delete(ids, starts + 1)
@@ -168,7 +169,7 @@ def encode_word(word, ranks):
 
 
 class BPETokenizer:
-    """Like CharTokenizer, for a list of tokens as bytes. tiktoken is a faster encode_word()."""
+    """Like CharTokenizer, for a list of tokens as bytes. (tiktoken has a faster encode_word().)"""
     def __init__(self, tokens):
         self.tokens = tokens
         ranks = {token: i for i, token in enumerate(tokens)}
@@ -230,8 +231,8 @@ class TextData:
 
 
 def pick_rows(n_rows, step, config):
-    """The epoch of a step, and the numbers of its rows. In an epoch, each of the n_rows rows comes
-    once, in random order. A step takes n rows, or all if there are fewer; the rest is left out."""
+    """The epoch of a step, and the numbers of its rows. An epoch takes the n_rows rows in random
+    order. A step takes n of them, or all if there are fewer. What is left at the end is dropped."""
     n = max(N_PROCESSES, config.total_batch_size // config.block_size)  # at least 1 per GPU
     steps_per_epoch = max(1, n_rows // n)
     epoch, i = divmod(step, steps_per_epoch)
@@ -361,7 +362,7 @@ class GPT(nn.Module):
         self.initialize(config)  # sets all matrices and biases, also those of your own modules
 
     def initialize(self, config):
-        """Random weights (parameters): with equal ones, all numbers of a vector would stay equal.
+        """Random weights (parameters): equal ones would give vectors of equal numbers, for ever.
         Small ones make the first guess nearly uniform. (GPT-2 uses 0.02 too, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -435,7 +436,7 @@ class Optimizer:
         self.n_steps = 0
         by_shape = defaultdict(list)
         for p in params:
-            by_shape[p.shape if p.numel() < 2**20 else p].append(p)  # large ones by themselves
+            by_shape[p.shape if p.numel() < 2**20 else p].append(p)  # a large p is its own key
         self.stacks = list(by_shape.values())  # each has n_means running means (see Adam, Muon)
         self.means = [ps[0].new_zeros(self.n_means, len(ps), *ps[0].shape) for ps in self.stacks]
 
@@ -477,7 +478,7 @@ def orthogonalize(x, rounds=4):
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT  # transposed (U and V change places): X X^T is smaller then
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # the same as the norm of S: s <= 1
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no s exceeds the norm: now s <= 1
     for _ in range(rounds):
         # bmm() multiplies n pairs of matrices; baddbmm(x, y, z) is beta * x + alpha * y @ z.
         square = torch.bmm(x, x.mT)  # X X^T, (n, rows, rows)
@@ -518,8 +519,7 @@ def make_optimizers(model, config):
 # ---- Training -----------------------------------------------------------------------------------
 
 # torchrun starts several processes, one per GPU, with the same model. Each computes the gradient
-# for its share of a step's rows (none, if there are fewer rows than processes). Then they all use
-# the sum of these gradients, so that the models stay equal.
+# for its share of a step's rows; then they all use the sum of these gradients, and stay equal.
 RANK = int(os.environ.get("RANK") or 0)  # the number of this process; number 0 prints and saves
 N_PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
 
@@ -550,7 +550,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     # on any one, and overfits less. The others are divided by 1 - dropout, to keep the mean.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()  # turns dropout on; model.eval() turns it off
-    for p in model.parameters():  # processes add up a 0 where one of them has no gradient (None)
+    for p in model.parameters():  # no gradients yet, or zeros: processes need the same tensors
         p.grad = torch.zeros_like(p) if N_PROCESSES > 1 and p.requires_grad else None
     loss = torch.zeros((), device=x.device)
     n_targets = (y != -100).sum()  # in the whole step
@@ -562,7 +562,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
             _, mean = model(batch_x, batch_y)
         batch_loss = mean * (batch_y != -100).sum() / n_targets  # its part of the step's mean
         batch_loss.backward()
-        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # the mean over no rows is nan
+        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # (without rows: nan)
     if N_PROCESSES > 1:
         tensors = [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
         vector = nn.utils.parameters_to_vector(tensors)  # end to end, to be sent at once
@@ -714,7 +714,7 @@ def utilization(model, config, tokens_per_second):
 
 @lru_cache  # measured only once
 def matrix_rate(device, dtype):
-    """Operations per second in a large matrix product, the best of 20. (item() waits for a GPU.)"""
+    """Operations per second in a large matrix product, the best of 20. (item() waits for it.)"""
     n = 8192 if device.type == "cuda" else 1024
     x = torch.randn(n, n, device=device, dtype=dtype)
     seconds = timeit.repeat(lambda: (x @ x)[0, 0].item(), repeat=20, number=1)
@@ -771,7 +771,7 @@ def build_model(checkpoint, config):
         state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: config.block_size]
     with torch.device("meta"):  # without memory: the tensors of state replace all parameters
         model = GPT(config)
-    loaded = {}  # if lm_head is tied to wte, both are the same p, which gets the tensor of wte
+    loaded = {}  # by parameter: if p has two names, the second gets what the first one got
     for name, p in model.named_parameters(remove_duplicate=False):
         if name in state:
             state[name] = loaded.setdefault(p, nn.Parameter(state[name]))
@@ -902,7 +902,7 @@ def join_processes(device):
     if N_PROCESSES > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", RANK)))
-        # Processes find each other in torchrun's store; a new prefix hides those before a restart.
+        # Processes meet through entries in torchrun's store; a prefix hides those before a restart.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -987,7 +987,7 @@ def must_match(config, train_data, val_data):
 
 
 def new_checkpoint(config, tokenizer, train_data, val_data, trained):
-    before = END_OF_TEXT if os.path.isdir(config.data) else "\n"  # what stood before texts
+    before = END_OF_TEXT if os.path.isdir(config.data) else "\n"  # the token before a text
     return dict(
         written_by="bpe_gpt", config=vars(config), vocab=tokenizer.tokens,
         text_before=trained["text_before"] if trained else before,  # see sample.py

@@ -224,9 +224,8 @@ class Block(nn.Module):
     that runs through all blocks, the residual stream, from which they read and to which they write.
 
     This makes deep models trainable (He et al. 2015): the derivative of x + f(x) is 1 + f'(x), and
-    through the 1 the gradient reaches every block undiminished. Inside blocks, layer norm is only
-    for what attention and MLP read. (To divide the stream itself by std would divide the gradient,
-    too, once more in each block.)"""
+    through the 1 the gradient reaches every block undiminished. Layer norm is only for what f
+    reads: with x = norm(x + f(x)), the gradient would be divided by another std in every block."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd)
@@ -262,7 +261,7 @@ class GPT(nn.Module):
             module.by_hand = config.by_hand
 
     def initialize(self, config):
-        """Random weights (parameters): with equal ones, all numbers of a vector would stay equal.
+        """Random weights (parameters): equal ones would give vectors of equal numbers, for ever.
         Small ones make the first guess nearly uniform. (GPT-2 uses 0.02 too, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -328,7 +327,7 @@ class Optimizer:
         self.n_steps = 0
         by_shape = defaultdict(list)
         for p in params:
-            by_shape[p.shape if p.numel() < 2**20 else p].append(p)  # large ones by themselves
+            by_shape[p.shape if p.numel() < 2**20 else p].append(p)  # a large p is its own key
         self.stacks = list(by_shape.values())  # each has n_means running means (see Adam, Muon)
         self.means = [ps[0].new_zeros(self.n_means, len(ps), *ps[0].shape) for ps in self.stacks]
 
@@ -374,16 +373,16 @@ def orthogonalize(x, rounds=4):
 
     Every matrix X is a product U S V^T, its singular value decomposition: V^T rotates the input, S
     multiplies each direction by a number s, its strength (singular value), and U rotates the
-    result. (Rotations change no norm; U^T U and V^T V are the identity.) If all s are 1, X is
-    orthogonal. The strengths can be changed without knowing U and V:
-    X X^T X = (U S V^T) (V S U^T) (U S V^T) = U S^3 V^T, so that the strengths of the polynomial
+    result. If all s are 1, X is orthogonal. The strengths can be changed without knowing U and V.
+    For example, X X^T X = (U S V^T) (V S U^T) (U S V^T) = U S^3 V^T, since a rotation and its
+    transpose cancel: each s becomes s^3. In the same way, the strengths of
     a X + b (X X^T) X + c (X X^T)^2 X are a s + b s^3 + c s^5. With the a, b, c below (Jordan et al.
     2024), a small s becomes 3.4 times as large, and one from 0.2 to 1.2 gets to between 0.65 and
     1.21. In four rounds, 0.1 becomes 0.340, 0.992, 0.707, 1.107, and 0.001 becomes 0.140."""
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT  # transposed (U and V change places): X X^T is smaller then
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # the same as the norm of S: s <= 1
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no s exceeds the norm: now s <= 1
     for _ in range(rounds):
         # bmm() multiplies n pairs of matrices; baddbmm(x, y, z) is beta * x + alpha * y @ z.
         square = torch.bmm(x, x.mT)  # X X^T, (n, rows, rows)
@@ -405,14 +404,14 @@ class Muon(Optimizer):
         ahead = m.lerp(grads, 1 - self.momentum)  # Nesterov: the newest gradient counts more
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
-        # A matrix has a row for each output. With 4 times as many outputs as inputs, and all s = 1,
-        # the output has the norm of the input, and numbers half as large. sqrt(4) undoes that.
+        # With more outputs (rows) than inputs (columns), a vector of equal norm has more numbers:
+        # if there are 4 times as many, they are half as large. This factor undoes that.
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
 
 
 def make_optimizers(model, config):
     """Muon is for the matrices in the blocks, Adam (without weight decay) for the rest: gains and
-    biases are not matrices, and (X X^T) X would mix the rows of an embedding, one per token."""
+    biases are not matrices, and X X^T X would mix the gradients of different tokens' embeddings."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices, config.muon_learning_rate, config.weight_decay)

@@ -72,7 +72,7 @@ def choose(logits, config):
     logits, tokens = logits.float().sort(dim=-1, descending=True)  # the likeliest first
     # The highest score becomes 0, since a low temperature could make it infinite otherwise. Softmax
     # does not change when the same number is subtracted from all scores.
-    logits = (logits - logits[:, :1]) / config.temperature  # 0.5 squares ratios of probabilities
+    logits = (logits - logits[:, :1]) / config.temperature  # 0.5 doubles differences of scores
     if config.top_k:  # a cut by rank (Fan et al. 2018)
         logits[:, config.top_k :] = -math.inf
     probs = logits.softmax(dim=-1)
@@ -190,7 +190,7 @@ def next_log_probs(model, idx):
     size = model.context_size
     step = max(1, size // 2)
     rows = [model(idx[:, :size])[0][0]]
-    for start in range(step, idx.shape[1] - size + step, step):
+    for start in range(step, idx.shape[1] - size + step, step):  # until a window reaches the end
         logits, _ = model(idx[:, start : start + size])
         rows.append(logits[0, size - step :])
     return torch.cat(rows).log_softmax(dim=-1)
@@ -256,7 +256,7 @@ def explore(model, tokenizer, ids, name, history, config):
     log_probs = next_log_probs(model, torch.tensor([ids]))  # (T, vocab_size)
     followed = log_probs[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1))  # (T - 1, 1)
     scores, order = log_probs.sort(dim=-1, descending=True)
-    # Of 50,257 scores, the page gets those of the first 100 ranks and then of ranks about 1% apart.
+    # Of 50,257 scores, the page gets those of ranks 1% apart (up to 100, 1% is less than 1: all).
     ranks = torch.logspace(0, math.log10(scores.shape[1]), 1200).round().long().unique()
     page = {
         "model": name, "about": about, "text": tokenizer.decode(ids[1:]), "ids": ids,
@@ -326,7 +326,7 @@ def read_curve(path):
     checkpoint = load_checkpoint(path, *CHARACTER_MODELS, "bpe_gpt")
     if checkpoint.get("templates") or not checkpoint["history"]:
         raise UserError(f"{path} has no losses on a text: trained on instructions, or elsewhere")
-    train_bytes, val_bytes = checkpoint["bytes_per_token"]  # of the two parts of its text
+    train_bytes, val_bytes = checkpoint["bytes_per_token"]  # per token, in the two parts
     return [(n_read * train_bytes / 1e6,
              train_loss / math.log(2) / train_bytes, val_loss / math.log(2) / val_bytes)
             for _, n_read, train_loss, val_loss in checkpoint["history"]]
