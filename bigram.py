@@ -81,7 +81,7 @@ def get_batch(data, config, step):
     steps_per_epoch = max(1, n_windows // B)  # drops a partial last batch unless it is the only one
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))  # separate from PyTorch's random numbers
-    offset = rng.integers(len(data) - n_windows * T)  # at random, as long as the last window fits
+    offset = rng.integers(len(data) - n_windows * T)  # at random: from 0 to 4 in the example
     order = rng.permutation(n_windows)  # at random, so that a batch mixes parts of the whole text
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
     rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
@@ -130,8 +130,8 @@ def count_bigrams(data, vocab_size, add=0):
     frequencies: exp(ln(count)) is the count, and it is divided by the sum of all counts in its row.
 
     No table has a lower loss on this data: of all probabilities that the characters after an i
-    could be given, their frequencies make the data most probable. Better models look further back,
-    and need training.
+    could be given, their frequencies make the data most probable. (To look further back, a table
+    would have to be too large: better models need training.)
     add=1 adds one to every count. Without it, the probability of a pair that is not in data would
     be 0, and one such pair in the validation text would make the loss infinite."""
     # The number of the pair (a, b) is its position in the table, with the rows laid end to end.

@@ -92,7 +92,7 @@ FINE_TUNING_SETTINGS = dict(
 # GPT-2's tokens lie in between: frequent strings of bytes, from a single byte to a long word. First
 # the text is split into "words", so that no token joins a word and a comma. A "word" is an ending
 # such as 's; a run of letters (\p{L}), digits (\p{N}) or other signs, along with a space before it;
-# or other white space but the last space before a word: "a   b\nc" is "a", "  ", " b", "\n", "c".
+# or white space, split before its last character: "a  b\n\nc" is "a", " ", " b", "\n", "\n", "c".
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"  # a token that stands between texts
 
@@ -132,8 +132,8 @@ def train_bpe(text, vocab_size):
         if pair_counts[pair] != -count:  # an old entry
             continue
         starts = find_pair(ids, pair)
-        # x a b y becomes x ab y: x-a, a-b and b-y go, x-ab and ab-y come. Merges side by side share
-        # a pair, as o-l in l-o-l-o. (If starts - 1 is -1, that is the last place, a separator.)
+        # x a b y becomes x ab y: x-a, a-b, b-y go, and x-ab, ab-y come. In l-o-l-o, unique() takes
+        # o-l only once. (If starts - 1 is -1, that is the last place, a separator.)
         count_pairs(np.unique([starts - 1, starts, starts + 1]), -1)
         ids[starts] = len(tokens)
         ids = np.delete(ids, starts + 1)
@@ -154,9 +154,9 @@ def find_pair(ids, pair):
 
 
 def encode_word(word, ranks):
-    """The tokens of a word, given as bytes; ranks has the number of each token. Again and again,
-    the two neighbours whose token was learned first (lowest number) are merged, so words are split
-    as in learning. If "lo", "ow", "er" came in this order, "lower" becomes lo w er."""
+    """What tiktoken does with a word (bytes); this function is only to be read. ranks has the
+    number of each token. The two neighbours whose token was learned first (lowest number) are
+    merged, again and again, as in learning. After "lo", "ow" and "er", "lower" becomes lo w er."""
     parts = [bytes([b]) for b in word]
     while len(parts) > 1:
         merged = [a + b for a, b in zip(parts, parts[1:])]
@@ -169,7 +169,7 @@ def encode_word(word, ranks):
 
 
 class BPETokenizer:
-    """Like CharTokenizer, for a list of tokens as bytes. (tiktoken has a faster encode_word().)"""
+    """Like CharTokenizer, for a list of tokens as bytes. tiktoken encodes as encode_word() does."""
     def __init__(self, tokens):
         self.tokens = tokens
         ranks = {token: i for i, token in enumerate(tokens)}
@@ -362,7 +362,7 @@ class GPT(nn.Module):
         self.initialize(config)  # sets all matrices and biases, also those of your own modules
 
     def initialize(self, config):
-        """Random weights (parameters): equal ones would give vectors of equal numbers, for ever.
+        """Random weights (parameters): equal ones give equal numbers and gradients, and stay equal.
         Small ones make the first guess nearly uniform. (GPT-2 uses 0.02 too, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -546,11 +546,11 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     # they fall linearly to zero: large steps to get near a minimum, and small ones to settle there.
     warmup = (step + 1) / (config.warmup_iters + 1)
     multiplier = min(warmup, 1 - step / config.max_iters)
-    # Dropout sets some activations (not parameters) to zero at random, so the model cannot rely
-    # on any one, and overfits less. The others are divided by 1 - dropout, to keep the mean.
+    # Dropout sets some numbers that enter the residual stream to zero, so that the model cannot
+    # rely on any one, and overfits less. The others are divided by 1 - dropout, to keep the mean.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()  # turns dropout on; model.eval() turns it off
-    for p in model.parameters():  # no gradients yet, or zeros: processes need the same tensors
+    for p in model.parameters():  # clears the gradients: None, or 0 for the vector that is sent
         p.grad = torch.zeros_like(p) if N_PROCESSES > 1 and p.requires_grad else None
     loss = torch.zeros((), device=x.device)
     n_targets = (y != -100).sum()  # in the whole step
@@ -562,7 +562,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
             _, mean = model(batch_x, batch_y)
         batch_loss = mean * (batch_y != -100).sum() / n_targets  # its part of the step's mean
         batch_loss.backward()
-        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # (without rows: nan)
+        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # a share without rows has nan
     if N_PROCESSES > 1:
         tensors = [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
         vector = nn.utils.parameters_to_vector(tensors)  # end to end, to be sent at once
@@ -582,7 +582,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # A compiled model is faster, but takes a minute for each new shape of x: not for evaluate().
+    # Compiled, the same model is faster, but a new shape of x, as in evaluate(), takes a minute.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:
@@ -679,7 +679,7 @@ def bytes_per_token(data, tokenizer):
 
 
 def describe(loss, bytes_per_token):
-    """Loss, perplexity (a uniform guess among exp(loss) tokens has this loss), bits per byte."""
+    """Loss; perplexity, exp(loss): as unsure as a uniform guess among so many; bits per byte."""
     bits = loss / math.log(2) / bytes_per_token
     return f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits/byte)"
 
@@ -714,7 +714,7 @@ def utilization(model, config, tokens_per_second):
 
 @lru_cache  # measured only once
 def matrix_rate(device, dtype):
-    """Operations per second in a large matrix product, the best of 20. (item() waits for it.)"""
+    """Operations per second in a matrix product, best of 20. (item() waits for a GPU's result.)"""
     n = 8192 if device.type == "cuda" else 1024
     x = torch.randn(n, n, device=device, dtype=dtype)
     seconds = timeit.repeat(lambda: (x @ x)[0, 0].item(), repeat=20, number=1)
@@ -771,7 +771,7 @@ def build_model(checkpoint, config):
         state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: config.block_size]
     with torch.device("meta"):  # without memory: the tensors of state replace all parameters
         model = GPT(config)
-    loaded = {}  # by parameter: if p has two names, the second gets what the first one got
+    loaded = {}  # if tied, lm_head.weight is the same p as wte.weight, and gets its tensor
     for name, p in model.named_parameters(remove_duplicate=False):
         if name in state:
             state[name] = loaded.setdefault(p, nn.Parameter(state[name]))
@@ -803,7 +803,7 @@ def read_safetensors(path):
 
 # ---- Files and flags ----------------------------------------------------------------------------
 
-# The rest is not about language models. On a first reading, skip to main(), which runs it all.
+# The rest is not about language models. On a first reading, skip to load_tokens() and main().
 
 DATA = Path(__file__).resolve().parent / "data"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

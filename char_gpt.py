@@ -106,7 +106,7 @@ def get_batch(data, config, step):
     steps_per_epoch = max(1, n_windows // B)  # drops a partial last batch unless it is the only one
     epoch, i = divmod(step, steps_per_epoch)  # this is batch number i of its epoch
     rng = np.random.default_rng((config.seed, epoch))  # separate from PyTorch's random numbers
-    offset = rng.integers(len(data) - n_windows * T)  # at random, as long as the last window fits
+    offset = rng.integers(len(data) - n_windows * T)  # at random: from 0 to 4 in the example
     order = rng.permutation(n_windows)  # at random, so that a batch mixes parts of the whole text
     starts = [offset + T * n for n in order[i * B : (i + 1) * B]]
     rows = torch.stack([data[start : start + T + 1] for start in starts])  # (B, T + 1)
@@ -261,7 +261,7 @@ class GPT(nn.Module):
             module.by_hand = config.by_hand
 
     def initialize(self, config):
-        """Random weights (parameters): equal ones would give vectors of equal numbers, for ever.
+        """Random weights (parameters): equal ones give equal numbers and gradients, and stay equal.
         Small ones make the first guess nearly uniform. (GPT-2 uses 0.02 too, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -404,14 +404,15 @@ class Muon(Optimizer):
         ahead = m.lerp(grads, 1 - self.momentum)  # Nesterov: the newest gradient counts more
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
-        # With more outputs (rows) than inputs (columns), a vector of equal norm has more numbers:
-        # if there are 4 times as many, they are half as large. This factor undoes that.
+        # With all s = 1, the norm of the output is that of the input. If there are 4 times as many
+        # outputs (rows) as inputs (columns), they are half as large. This factor undoes that.
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
 
 
 def make_optimizers(model, config):
-    """Muon is for the matrices in the blocks, Adam (without weight decay) for the rest: gains and
-    biases are not matrices, and X X^T X would mix the gradients of different tokens' embeddings."""
+    """Muon is for the matrices in the blocks, Adam (without weight decay) for the rest. Gains and
+    biases are not matrices, and the rows of an embedding are separate vectors, each for one token:
+    X X^T X would mix their gradients."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices, config.muon_learning_rate, config.weight_decay)
@@ -462,7 +463,7 @@ def train(model, train_data, val_data, tokenizer, config, checkpoint, autocast):
     device = model.lm_head.weight.device
     optimizers = make_optimizers(model, config)
     step, n_read, started = restore(checkpoint["last"], model, optimizers)
-    # A compiled model is faster, but takes a minute for each new shape of x: not for evaluate().
+    # Compiled, the same model is faster, but a new shape of x, as in evaluate(), takes a minute.
     compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
     losses = []  # since the last evaluation: their mean is the training loss
     while step < config.max_iters:

@@ -256,7 +256,7 @@ def explore(model, tokenizer, ids, name, history, config):
     log_probs = next_log_probs(model, torch.tensor([ids]))  # (T, vocab_size)
     followed = log_probs[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1))  # (T - 1, 1)
     scores, order = log_probs.sort(dim=-1, descending=True)
-    # Of 50,257 scores, the page gets those of ranks 1% apart (up to 100, 1% is less than 1: all).
+    # Of 50,257 scores, the page gets those of the ranks up to 100, and then of each 1% further on.
     ranks = torch.logspace(0, math.log10(scores.shape[1]), 1200).round().long().unique()
     page = {
         "model": name, "about": about, "text": tokenizer.decode(ids[1:]), "ids": ids,
