@@ -362,7 +362,7 @@ class GPT(nn.Module):
         self.initialize(config)  # sets all matrices and biases, also those of your own modules
 
     def initialize(self, config):
-        """Random weights (parameters): equal ones give equal numbers and gradients, and stay equal.
+        """Random weights (parameters): equal rows of a matrix get equal gradients, and stay equal.
         Small ones make the first guess nearly uniform. (GPT-2 uses 0.02 too, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -550,7 +550,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
     # rely on any one, and overfits less. The others are divided by 1 - dropout, to keep the mean.
     torch.manual_seed((config.seed * 1_000_003 + step) * N_PROCESSES + RANK)
     model.train()  # turns dropout on; model.eval() turns it off
-    for p in model.parameters():  # clears the gradients: None, or 0 for the vector that is sent
+    for p in model.parameters():  # clears the gradients; all processes must have one, if only 0
         p.grad = torch.zeros_like(p) if N_PROCESSES > 1 and p.requires_grad else None
     loss = torch.zeros((), device=x.device)
     n_targets = (y != -100).sum()  # in the whole step
@@ -562,7 +562,7 @@ def training_step(model, optimizers, x, y, step, config, autocast):
             _, mean = model(batch_x, batch_y)
         batch_loss = mean * (batch_y != -100).sum() / n_targets  # its part of the step's mean
         batch_loss.backward()
-        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # a share without rows has nan
+        loss += batch_loss.detach() if len(batch_x) > 0 else 0  # no rows: nan, but gradients of 0
     if N_PROCESSES > 1:
         tensors = [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
         vector = nn.utils.parameters_to_vector(tensors)  # end to end, to be sent at once

@@ -261,7 +261,7 @@ class GPT(nn.Module):
             module.by_hand = config.by_hand
 
     def initialize(self, config):
-        """Random weights (parameters): equal ones give equal numbers and gradients, and stay equal.
+        """Random weights (parameters): equal rows of a matrix get equal gradients, and stay equal.
         Small ones make the first guess nearly uniform. (GPT-2 uses 0.02 too, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -404,8 +404,8 @@ class Muon(Optimizer):
         ahead = m.lerp(grads, 1 - self.momentum)  # Nesterov: the newest gradient counts more
         dtype = pick_dtype("auto", grads.device)  # a fast one: few digits are enough here
         rows, columns = grads.shape[-2:]
-        # With all s = 1, the norm of the output is that of the input. If there are 4 times as many
-        # outputs (rows) as inputs (columns), they are half as large. This factor undoes that.
+        # With all s = 1, and 4 times as many outputs (rows) as inputs (columns), the output has the
+        # norm of the input, so that each of its numbers is half as large. This factor undoes that.
         return math.sqrt(max(1, rows / columns)) * orthogonalize(ahead.to(dtype))
 
 
