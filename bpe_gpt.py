@@ -628,9 +628,9 @@ def save(checkpoint, started, model, optimizers, path):
         if load_checkpoint(path, "bigram", "char_gpt", "bpe_gpt", mmap=True)["history"] != earlier:
             path = f"{path.removesuffix('.pt')}-{os.getpid()}.pt"
             print(f"another run has replaced the checkpoint: from now on, this one saves to {path}")
-    # Tied weights are one tensor with two names. Each tensor, found by its address, is copied once.
-    copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
-    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}
+    # Tied weights are one parameter with two names: it is copied once. (keep_vars: as parameters.)
+    copies = {p: p.data.to("cpu", copy=True) for p in model.state_dict(keep_vars=True).values()}
+    weights = {name: copies[p] for name, p in model.state_dict(keep_vars=True).items()}
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = weights
     checkpoint["last"] = dict(
@@ -695,7 +695,7 @@ def report(checkpoint, model, tokenizer, val_data, config):
           f"{speed:,.0f} tokens/s, MFU {utilization(model, config, speed):.0%}")
     torch.manual_seed(config.seed)  # the same random numbers each time, to compare the samples
     for prompt in val_data.prompts:
-        ids = tokenizer.encode(prompt)
+        ids = tokenizer.encode(prompt, special=())
         idx = torch.tensor([ids], device=model.lm_head.weight.device)
         new_ids = (new.item() for new in generate(model, idx, 60))
         ids += itertools.takewhile(lambda token: token != tokenizer.end_of_text, new_ids)

@@ -498,9 +498,9 @@ def save(checkpoint, started, model, optimizers, path):
     step, n_read, _, val_loss = checkpoint["history"][-1]
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
-    # Tied weights are one tensor with two names. Each tensor, found by its address, is copied once.
-    copies = {t.data_ptr(): t.to("cpu", copy=True) for t in model.state_dict().values()}
-    weights = {name: copies[t.data_ptr()] for name, t in model.state_dict().items()}
+    # Tied weights are one parameter with two names: it is copied once. (keep_vars: as parameters.)
+    copies = {p: p.data.to("cpu", copy=True) for p in model.state_dict(keep_vars=True).values()}
+    weights = {name: copies[p] for name, p in model.state_dict(keep_vars=True).items()}
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
         checkpoint["model"] = weights
     checkpoint["last"] = dict(

@@ -216,7 +216,7 @@ def record(model, ids, modules):
     calls = []
     def hook(module, inputs, output):  # PyTorch calls it when the module has run
         calls.append((module, inputs[0], output))
-    handles = [module.register_forward_hook(hook) for module in modules]
+    handles = [module.register_forward_hook(hook) for module in set(modules)]  # each once
     model(torch.tensor([ids]))
     for handle in handles:
         handle.remove()

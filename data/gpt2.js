@@ -16,7 +16,8 @@ function encode(text) {
   const end = "<|endoftext|>"; // in a text, it is the end-of-text token
   const parts = data.words ? text.split(/(<\|endoftext\|>)/) : [text]; // it is a part, too
   const words = new RegExp(pattern, "gu");
-  const pieces = parts.flatMap((part) => part === end ? [part] : part.match(words) ?? []);
+  const pieces = parts.flatMap(
+    (part) => data.words && part === end ? [part] : part.match(words) ?? []);
   return pieces.flatMap((piece) => {
     const bytes = toBytes(piece);
     if (ranks.has(bytes)) return [ranks.get(bytes)];
@@ -41,7 +42,7 @@ function encodeWord(bytes) { // as in bpe_gpt.py
 
 function decode(ids) {
   const bytes = Uint8Array.from(ids.map((id) => data.tokens[id]).join(""), (c) => c.charCodeAt(0));
-  return new TextDecoder().decode(bytes);
+  return new TextDecoder("utf-8", { ignoreBOM: true }).decode(bytes);
 }
 
 // ---- The model ----------------------------------------------------------------------------------

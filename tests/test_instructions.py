@@ -321,18 +321,19 @@ def test_a_response_is_shown_up_to_its_end(tokenizer, monkeypatch, capsys):
     texts = [[end, b, a], [a, b, end, b], [b, a]]
 
     def generate(model, idx, max_new_tokens):
+        assert tokenizer.end_of_text not in idx, "as in training, a prompt is ordinary text"
         yield from torch.tensor(texts.pop(0))
 
     monkeypatch.setattr(bpe_gpt, "generate", generate)
     head = types.SimpleNamespace(weight=torch.zeros(1))
     checkpoint = dict(
         bytes_per_token=[1.0, 1.0], history=[(10, 100, 4.0, 4.0)], last=dict(seconds=1.0))
-    data = types.SimpleNamespace(prompts=["one:", "two:", "three:"])
+    data = types.SimpleNamespace(prompts=["one:", "two <|endoftext|>:", "three:"])
     model = types.SimpleNamespace(lm_head=head)
     monkeypatch.setattr(bpe_gpt, "utilization", lambda *args: 0.5)
     bpe_gpt.report(checkpoint, model, tokenizer, data, GPTConfig())
     shown = capsys.readouterr().out.splitlines()[2:]
-    assert shown == ["    | one:", "    | two:ab", "    | three:ba"]
+    assert shown == ["    | one:", "    | two <|endoftext|>:ab", "    | three:ba"]
 
 
 def test_a_response_that_was_learned_is_brought_back_by_sample_py(taught):

@@ -376,6 +376,27 @@ def test_a_resumed_run_has_the_settings_with_which_it_began(script, train):
     assert resumed == begun | {"resume": True, "max_iters": 16}
 
 
+@for_each_gpt
+def test_a_matrix_that_a_reader_ties_to_another_transposed_is_saved_as_it_is(
+        script, train, monkeypatch):
+    """Two parameters in one memory, with different shapes."""
+    class MLP(script.MLP):
+        def __init__(self, config):
+            super().__init__(config)
+            self.c_proj.weight = nn.Parameter(self.c_fc.weight.t())
+
+    monkeypatch.setattr(script, "MLP", MLP)
+    whole = without_seconds(train(script, "whole.pt", FLAGS[script]))
+    weights = whole["last"]["model"]
+    for name in ("transformer.h.0.mlp.c_fc.weight", "transformer.h.1.mlp.c_fc.weight"):
+        assert weights[name].shape == (64, 16)
+        assert torch.equal(weights[name].T, weights[name.replace("c_fc", "c_proj")])
+    with monkeypatch.context() as patch:
+        stop_at(script, patch, 6)
+        train(script, "part.pt", FLAGS[script])
+    assert same(without_seconds(train(script, "part.pt", "--resume")), whole)
+
+
 def test_dropout_that_a_reader_adds_is_at_work_and_a_stopped_run_goes_on_with_it(train, monkeypatch):
     plain = train(char_gpt, "plain.pt", FLAGS[char_gpt])
 
