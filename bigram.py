@@ -130,8 +130,8 @@ def count_bigrams(data, vocab_size, add=0):
     frequencies: exp(ln(count)) is the count, and it is divided by the sum of all counts in its row.
 
     No table has a lower loss on this data: of all ways to assign probabilities to what follows a
-    character, the observed frequencies make the data most probable. (To look further back, a table
-    would have to be too large: better models need training.)
+    character, the observed frequencies make the data most probable. A table that looks
+    further back would be too large, so better models are not tables, and need training.
     add=1 adds one to every count. Without it, the probability of a pair that is not in data would
     be 0, and one such pair in the validation text would make the loss infinite."""
     # The number of the pair (a, b) is its position in the table, with the rows laid end to end.

@@ -154,9 +154,9 @@ def find_pair(ids, pair):
 
 
 def encode_word(word, ranks):
-    """What tiktoken does with a word (bytes); this function is only to be read. ranks has the
-    number of each token. The two neighbours whose token was learned first (lowest number) are
-    merged, again and again, as in learning. After "lo", "ow" and "er", "lower" becomes lo w er."""
+    """The tokens of a word (bytes), to show what tiktoken does; ranks has the number of each token.
+    Again and again, the two neighbours whose token was learned first (lowest number) are merged, as
+    in learning. If "lo", "ow" and "er" were learned in this order, "lower" becomes lo w er."""
     parts = [bytes([b]) for b in word]
     while len(parts) > 1:
         merged = [a + b for a, b in zip(parts, parts[1:])]
@@ -198,7 +198,7 @@ def gpt2_tokenizer():
 class TextData:
     """Tokens, in batches of windows of block_size tokens, which depend only on seed and step."""
     prompts = ["\n"]  # what report() lets the model continue
-    max_evaluated = 1_000_000  # at most so many tokens, or a few more
+    max_evaluated = 1_000_000  # about the most tokens that an evaluation reads
     def __init__(self, tokens, config):
         if len(tokens) < 2:
             raise UserError("the text is too short: a part of it has fewer than two tokens")
@@ -362,7 +362,7 @@ class GPT(nn.Module):
         self.initialize(config)  # sets all matrices and biases, also those of your own modules
 
     def initialize(self, config):
-        """Random weights (parameters): equal rows of a matrix get equal gradients, and stay equal.
+        """Random weights (parameters): with equal ones, a layer would always compute equal numbers.
         Small ones make the first guess nearly uniform. (GPT-2 uses 0.02 too, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -628,7 +628,7 @@ def save(checkpoint, started, model, optimizers, path):
         if load_checkpoint(path, "bigram", "char_gpt", "bpe_gpt", mmap=True)["history"] != earlier:
             path = f"{path.removesuffix('.pt')}-{os.getpid()}.pt"
             print(f"another run has replaced the checkpoint: from now on, this one saves to {path}")
-    # Tied weights are one parameter with two names: it is copied once. (keep_vars: as parameters.)
+    # keep_vars=True gives the parameters themselves. Tied ones, with two names, are copied once.
     copies = {p: p.data.to("cpu", copy=True) for p in model.state_dict(keep_vars=True).values()}
     weights = {name: copies[p] for name, p in model.state_dict(keep_vars=True).items()}
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
@@ -833,7 +833,7 @@ def replace_file(path, write):
         with suppress(PermissionError):
             return temporary.replace(path)
         time.sleep(0.1)
-    raise UserError(f"cannot replace {path} (open in another program?): {temporary} is the new one")
+    raise UserError(f"cannot replace {path}: open in another program? The new file is {temporary}")
 
 
 def load_text(path):

@@ -167,7 +167,7 @@ def attention(q, k, v):
     sequence, as CausalSelfAttention explains. Vaswani et al. 2017, section 3.2.1."""
     T, head_size = q.shape[-2:]
     # A sum of n independent terms around 0 grows like sqrt(n); here, n is head_size. Without the
-    # division, large scores would push the softmax towards 0 and 1, where it is flat: no gradient.
+    # division, large scores would push softmax towards 0 and 1, where it is flat (no gradient).
     scores = q @ k.transpose(-2, -1) / math.sqrt(head_size)  # (B, n_head, T, T)
     # The causal mask: no token may see the ones after it, or it would see what it has to predict.
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # column <= row
@@ -261,7 +261,7 @@ class GPT(nn.Module):
             module.by_hand = config.by_hand
 
     def initialize(self, config):
-        """Random weights (parameters): equal rows of a matrix get equal gradients, and stay equal.
+        """Random weights (parameters): with equal ones, a layer would always compute equal numbers.
         Small ones make the first guess nearly uniform. (GPT-2 uses 0.02 too, but 0.01 for wpe.)"""
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -375,7 +375,7 @@ def orthogonalize(x, rounds=4):
     multiplies each direction by a number s, its strength (singular value), and U rotates the
     result. If all s are 1, X is orthogonal. The strengths can be changed without knowing U and V.
     For example, X X^T X = (U S V^T) (V S U^T) (U S V^T) = U S^3 V^T, since a rotation and its
-    transpose cancel: each s becomes s^3. In the same way, the strengths of
+    transpose cancel: each s becomes s^3. In the same way (Newton-Schulz), the strengths of
     a X + b (X X^T) X + c (X X^T)^2 X are a s + b s^3 + c s^5. With the a, b, c below (Jordan et al.
     2024), a small s becomes 3.4 times as large, and one from 0.2 to 1.2 gets to between 0.65 and
     1.21. In four rounds, 0.1 becomes 0.340, 0.992, 0.707, 1.107, and 0.001 becomes 0.140."""
@@ -412,7 +412,7 @@ class Muon(Optimizer):
 def make_optimizers(model, config):
     """Muon is for the matrices in the blocks, Adam (without weight decay) for the rest. Gains and
     biases are not matrices, and the rows of an embedding are separate vectors, each for one token:
-    X X^T X would mix their gradients."""
+    Muon would mix their gradients, in X X^T X."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices, config.muon_learning_rate, config.weight_decay)
@@ -498,7 +498,7 @@ def save(checkpoint, started, model, optimizers, path):
     step, n_read, _, val_loss = checkpoint["history"][-1]
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss {val_loss} after step {step}: try lower learning rates")
-    # Tied weights are one parameter with two names: it is copied once. (keep_vars: as parameters.)
+    # keep_vars=True gives the parameters themselves. Tied ones, with two names, are copied once.
     copies = {p: p.data.to("cpu", copy=True) for p in model.state_dict(keep_vars=True).values()}
     weights = {name: copies[p] for name, p in model.state_dict(keep_vars=True).items()}
     if val_loss == min(entry[3] for entry in checkpoint["history"]):
@@ -565,7 +565,7 @@ def replace_file(path, write):
         with suppress(PermissionError):
             return temporary.replace(path)
         time.sleep(0.1)
-    raise UserError(f"cannot replace {path} (open in another program?): {temporary} is the new one")
+    raise UserError(f"cannot replace {path}: open in another program? The new file is {temporary}")
 
 
 def load_text(path):
